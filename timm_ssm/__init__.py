@@ -1,0 +1,4 @@
+"""Vision state-space models for timm: `import timm_ssm` registers every model with timm."""
+from .version import __version__
+
+__all__ = ['__version__']
