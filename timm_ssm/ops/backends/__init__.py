@@ -1,0 +1,85 @@
+"""The machines that run the ops, one module each, and the choice between them.
+
+A backend is a module with
+
+    unavailable() -> Optional[str]           why it cannot be used on this machine, None if it can
+    refuses_scan(call: ScanCall) -> Optional[str]    why it cannot run this call, None if it can
+    scan_forward(call, save) -> (out, y, states)
+    scan_backward(call, grad_out, y, states) -> (gradients of each direction, gradient of z)
+    refuses_conv(call: ConvCall), conv_forward(call), conv_backward(call, grad_outs)
+
+as `ops/naive.py`, itself one of them, spells out.
+"""
+import importlib
+import os
+from types import ModuleType
+from typing import Dict, List, Optional, Union
+
+from ..calls import ConvCall, ScanCall
+
+_MODULES = {
+    'naive': 'timm_ssm.ops.naive',
+}
+#: Order of preference on each device type; devices not named here take `naive`.
+_PREFERENCE = {
+    'cpu': ('naive',),
+    'cuda': ('naive',),
+}
+
+
+def backend_module(name: str) -> ModuleType:
+    """Import the module of the backend called `name`."""
+    if name not in _MODULES:
+        raise ValueError(f'backend: got {name!r}, needs one of {", ".join(map(repr, _MODULES))}')
+    return importlib.import_module(_MODULES[name])
+
+
+def choose(call: Union[ScanCall, ConvCall], backend: str = '') -> ModuleType:
+    """The backend that runs `call`: the one asked for, or the first of the device's order that can.
+
+    Args:
+        call: What is to be run.
+        backend: Name of the backend to use; empty to take the environment variable `TIMM_SSM_BACKEND` or, without it,
+            to choose by device.
+
+    Raises:
+        ValueError: The backend asked for does not exist.
+        RuntimeError: The backend asked for cannot run here, or cannot run this call.
+    """
+    asked_by = 'backend'
+    if not backend:
+        backend, asked_by = os.environ.get('TIMM_SSM_BACKEND', ''), 'TIMM_SSM_BACKEND'
+    if backend:
+        module = backend_module(backend)
+        reason = _refusal(module, call)
+        if reason:
+            raise RuntimeError(f'{asked_by}={backend} cannot serve this call: {reason}')
+        return module
+    device = (call.u[0] if isinstance(call, ScanCall) else call.x).device
+    for name in _PREFERENCE.get(device.type, ('naive',)):
+        module = backend_module(name)
+        if not _refusal(module, call):
+            return module
+    raise AssertionError('unreachable: the naive backend runs every call')
+
+
+def _refusal(module: ModuleType, call: Union[ScanCall, ConvCall]) -> Optional[str]:
+    return module.unavailable() or (
+        module.refuses_scan(call) if isinstance(call, ScanCall) else module.refuses_conv(call))
+
+
+def backend_report() -> Dict[str, Dict[str, Union[str, List[str]]]]:
+    """What can run the ops on this machine.
+
+    Returns:
+        For each backend `available` ('yes', or the reason why not) and `serves`, the device types that use it first.
+    """
+    reasons = {name: backend_module(name).unavailable() for name in _MODULES}
+    first = {device: next(n for n in order if reasons[n] is None) for device, order in _PREFERENCE.items()}
+    return {
+        name: {
+            'available': reason or 'yes',
+            'serves': [device for device, chosen in first.items() if chosen == name],
+        }
+        for name, reason in reasons.items()
+    }
