@@ -141,7 +141,7 @@ class _Direction:
         """u, delta + bias, dt (B, T, G, Dg), B, C (B, T, G, 1, N), decay and input (B, T, G, Dg, N) of one chunk."""
         t = slice(s, s + STATE_STRIDE)
         u, x = self.u[:, t].to(self.acc), self.delta[:, t].to(self.acc)
-        B, C = (m[:, t].to(self.acc).reshape(self.batch, -1, self.groups, 1, self.d_state) for m in (self.B, self.C))
+        B, C = (m[:, t].to(self.acc).reshape(*u.shape[:3], 1, self.d_state) for m in (self.B, self.C))
         if self.bias is not None:
             x = x + self.bias
         dt = F.softplus(x, threshold=20.) if self.softplus else x

@@ -20,6 +20,7 @@ from ..calls import ConvCall, ScanCall
 _MODULES = {
     'naive': 'timm_ssm.ops.naive',
 }
+BACKENDS = tuple(_MODULES)
 #: Order of preference on each device type; devices not named here take `naive`.
 _PREFERENCE = {
     'cpu': ('naive',),

@@ -1,0 +1,332 @@
+"""Every backend against the specification in `ops/naive.py`: forward and every gradient, in one file.
+
+A backend that is not available here is skipped with its reason; one that refuses a call at dispatch is skipped too,
+and `test_serves` pins down what each must serve. Triton runs on the GPU, or on the CPU through its interpreter
+(TRITON_INTERPRET=1), there with small shapes only.
+"""
+import itertools
+import os
+
+import pytest
+import torch
+
+from timm_ssm.ops import (
+    bidirectional_causal_conv1d,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    selective_scan,
+)
+from timm_ssm.ops.backends import BACKENDS, backend_module
+from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
+
+from .utils import grads, pairs, relative_error, scan_inputs
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+FORMS = [
+    dict(),
+    dict(reverse=True),
+    dict(residual=True),
+    dict(residual=True, reverse=True, mask_diagonal=True),
+    dict(mask_diagonal=True),
+    dict(delta_softplus=False),
+]
+
+
+def device_of(backend: str) -> str:
+    reason = backend_module(backend).unavailable()
+    if reason:
+        pytest.skip(f'{backend}: {reason}')
+    return 'cuda' if backend in ('triton', 'mamba_ssm') and torch.cuda.is_available() else 'cpu'
+
+
+def interpreted(backend: str) -> bool:
+    return backend == 'triton' and not torch.cuda.is_available()
+
+
+def serve(fn, *args, **kwargs):
+    try:
+        return fn(*args, **kwargs)
+    except RuntimeError as e:
+        if 'cannot serve this call' in str(e):
+            pytest.skip(str(e))
+        raise
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    device_of(request.param)
+    return request.param
+
+
+def check_scan(backend, tolerance=None, bidirectional=False, make=lambda x: x, backward=True, **kwargs):
+    """Compare forward and gradients with the specification computed in float64 on the same values."""
+    form = {k: kwargs.pop(k) for k in ('reverse', 'residual', 'mask_diagonal', 'delta_softplus') if k in kwargs}
+    dtype = kwargs.get('dtype', torch.float32)
+    tolerance = tolerance or TOLERANCE[dtype]
+    if form.get('delta_softplus') is False:
+        kwargs['optional'] = False
+    device = device_of(backend)
+    inputs = {k: make(v) for k, v in scan_inputs(device=device, **kwargs).items()}
+    if form.get('delta_softplus') is False:
+        inputs['delta'] = inputs['delta'].abs() * .1
+    fn, reference = selective_scan, selective_scan_naive
+    if bidirectional:
+        second = {k: make(v) for k, v in scan_inputs(device=device, seed=7, **kwargs).items()}
+        inputs = pairs(inputs, second)
+        fn, reference = bidirectional_selective_scan, both_directions
+    wide = {k: tuple(x.double().cpu() for x in v) if isinstance(v, tuple) else v.double().cpu()
+            for k, v in inputs.items()}
+    if not backward:
+        with torch.no_grad():
+            out = serve(fn, **inputs, **form, backend=backend)
+            assert relative_error(out.cpu(), reference(**wide, **form)) <= tolerance
+        return
+    out, got = serve(grads, fn, inputs, **form, backend=backend)
+    want_out, want = grads(reference, wide, [relevant_grad(out)], **form)
+    assert out.dtype == dtype and out.is_contiguous()
+    assert relative_error(out.cpu(), want_out) <= tolerance
+    for name, g in got.items():
+        assert relative_error(g.cpu(), want[name]) <= 4 * tolerance, name
+
+
+def relevant_grad(out):
+    """The incoming gradient that `grads` draws for an output of this dtype, in float64."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype).double()
+
+
+def both_directions(residual=False, mask_diagonal=False, delta_softplus=True, **inputs):
+    first, second = ({k: v if k == 'z' else v[i] for k, v in inputs.items()} for i in (0, 1))
+    kwargs = dict(residual=residual, delta_softplus=delta_softplus)
+    return selective_scan_naive(**first, **kwargs) + selective_scan_naive(
+        **second, **kwargs, reverse=True, mask_diagonal=mask_diagonal)
+
+
+@pytest.mark.parametrize('form', FORMS, ids=str)
+@pytest.mark.parametrize('d_state', [1, 8, 16])
+def test_scan_forms(backend, d_state, form):
+    check_scan(backend, d_state=d_state, **form)
+
+
+@pytest.mark.parametrize('length', [1, 2, 31, 49, 196, 197, 257])
+def test_scan_lengths(backend, length):
+    if interpreted(backend) and length > 49:
+        pytest.skip('too slow in the interpreter')
+    check_scan(backend, length=length, batch=1, channels=5)
+    check_scan(backend, length=length, batch=1, channels=5, bidirectional=True)
+
+
+@pytest.mark.parametrize('length, backward', [(1569, True), (12545, False)])
+def test_scan_long(backend, length, backward):
+    if interpreted(backend):
+        pytest.skip('too slow in the interpreter')
+    check_scan(backend, length=length, batch=1, channels=4, bidirectional=True, backward=backward, tolerance=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_scan_dtypes(backend, dtype, bidirectional):
+    check_scan(backend, dtype=dtype, bidirectional=bidirectional)
+
+
+@pytest.mark.parametrize('residual, mask_diagonal', list(itertools.product([False, True], repeat=2)))
+def test_scan_bidirectional_forms(backend, residual, mask_diagonal):
+    check_scan(backend, bidirectional=True, residual=residual, mask_diagonal=mask_diagonal, d_state=8)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 17, 33, 67, 130])
+def test_scan_channels(backend, channels):
+    check_scan(backend, channels=channels, length=5, batch=1)
+    check_scan(backend, channels=channels, length=5, batch=1, bidirectional=True, optional=False)
+
+
+@pytest.mark.parametrize('groups', [1, 3])
+def test_scan_groups(backend, groups):
+    check_scan(backend, groups=groups, bidirectional=True)
+    check_scan(backend, groups=groups, d_state=5, channels=21)
+
+
+@pytest.mark.parametrize('optional', ['D', 'z', 'delta_bias'])
+def test_scan_optional_arguments(backend, optional):
+    device = device_of(backend)
+    inputs = scan_inputs(optional=False, device=device)
+    inputs[optional] = scan_inputs(device=device)[optional]
+    out, got = serve(grads, selective_scan, inputs, backend=backend)
+    want_out, want = grads(selective_scan_naive, {k: v.cpu() for k, v in inputs.items()})
+    assert relative_error(out.cpu(), want_out) <= 2e-5
+    for name, g in got.items():
+        assert relative_error(g.cpu(), want[name]) <= 1e-4, name
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """x's values as a view into a larger tensor: a slice of the last axis (parameters: transposed)."""
+    if x.ndim == 1:
+        return torch.stack((x, x), 1)[:, 0]
+    if x.ndim == 2:
+        return x.t().contiguous().t()
+    return torch.cat((x, x, x), -1)[..., x.shape[-1]:2 * x.shape[-1]]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """x's values with channels-first memory."""
+    return x.transpose(1, -1).contiguous().transpose(1, -1) if x.ndim > 2 else x
+
+
+@pytest.mark.parametrize('make', [strided, transposed])
+def test_scan_non_contiguous(backend, make):
+    check_scan(backend, make=make)
+    check_scan(backend, make=make, bidirectional=True, groups=2)
+
+
+def test_scan_expanded_input(backend):
+    """Stride zero: one token repeated along batch and length."""
+    check_scan(backend, make=lambda x: x[:1, :1].expand_as(x) if x.ndim > 2 else x)
+
+
+@pytest.mark.parametrize('shape', [dict(batch=0), dict(length=0)], ids=str)
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_scan_empty(backend, shape, bidirectional):
+    check_scan(backend, **shape, bidirectional=bidirectional, residual=True)
+
+
+def test_scan_large_delta(backend):
+    """softplus is the identity above 20, and a state that decays at once does not overflow."""
+    device = device_of(backend)
+    inputs = scan_inputs(device=device)
+    inputs['delta'] = inputs['delta'] * 60
+    out, got = serve(grads, selective_scan, inputs, backend=backend)
+    want_out, want = grads(selective_scan_naive, {k: v.double().cpu() for k, v in inputs.items()},
+                           [relevant_grad(out)])
+    assert relative_error(out.cpu(), want_out) <= 2e-5
+    for name, g in got.items():
+        assert g.isfinite().all() and relative_error(g.cpu(), want[name]) <= 2e-4, name
+
+
+def test_scan_deterministic(backend):
+    device = device_of(backend)
+    inputs = scan_inputs(length=70, channels=40, device=device)
+    first_out, first = serve(grads, selective_scan, inputs, backend=backend)
+    for _ in range(3):
+        out, got = grads(selective_scan, inputs, backend=backend)
+        assert torch.equal(out, first_out)
+        assert all(torch.equal(got[k], first[k]) for k in got)
+
+
+def test_scan_finite_when_poisoned(backend):
+    """Freed memory full of NaN shows whatever a kernel forgets to write."""
+    device = device_of(backend)
+    inputs = scan_inputs(device=device, channels=40)
+    torch.full((1 << 20,), float('nan'), device=device)
+    out, got = serve(grads, selective_scan, inputs, backend=backend)
+    assert out.isfinite().all() and all(g.isfinite().all() for g in got.values())
+
+
+# The convolution
+
+def conv_inputs(batch=2, length=19, channels=12, kernel_size=4, dtype=torch.float32, device='cpu', bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {
+        'x': torch.randn(batch, length, channels, generator=g).to(device, dtype),
+        'weight': torch.randn(channels, kernel_size, generator=g).to(device, acc),
+    }
+    if bias:
+        inputs['bias'] = torch.randn(channels, generator=g).to(device, acc)
+    return inputs
+
+
+def conv_both_directions(x, weight, bias=None, activation='silu'):
+    return tuple(
+        causal_conv1d_naive(x, w, b, activation=activation, reverse=r)
+        for w, b, r in zip(weight, bias or (None, None), (False, True)))
+
+
+def check_conv(backend, bidirectional=False, make=lambda x: x, form=None, **kwargs):
+    form = form or {}
+    dtype = kwargs.get('dtype', torch.float32)
+    device = device_of(backend)
+    inputs = {k: make(v) for k, v in conv_inputs(device=device, **kwargs).items()}
+    fn, reference = causal_conv1d, causal_conv1d_naive
+    if bidirectional:
+        second = conv_inputs(device=device, seed=7, **kwargs)
+        inputs = {k: v if k == 'x' else (v, second[k]) for k, v in inputs.items()}
+        fn, reference = bidirectional_causal_conv1d, conv_both_directions
+    wide = {k: tuple(x.double().cpu() for x in v) if isinstance(v, tuple) else v.double().cpu()
+            for k, v in inputs.items()}
+    out, got = serve(grads, fn, inputs, **form, backend=backend)
+    outs = out if isinstance(out, tuple) else (out,)
+    g = torch.Generator().manual_seed(1)
+    grad_out = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(dtype).double() for o in outs]
+    want_out, want = grads(reference, wide, grad_out, **form)
+    for o, w in zip(outs, want_out if isinstance(want_out, tuple) else (want_out,)):
+        assert o.dtype == dtype and o.is_contiguous()
+        assert relative_error(o.cpu(), w) <= TOLERANCE[dtype]
+    for name, grad in got.items():
+        assert relative_error(grad.cpu(), want[name]) <= 4 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize('kernel_size', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('form', [
+    dict(), dict(reverse=True), dict(centered=True), dict(centered=True, reverse=True), dict(activation=None)], ids=str)
+def test_conv_forms(backend, kernel_size, form):
+    check_conv(backend, kernel_size=kernel_size, form=form)
+
+
+@pytest.mark.parametrize('length', [0, 1, 2, 3, 4, 31, 49, 197])
+def test_conv_lengths(backend, length):
+    check_conv(backend, length=length)
+    check_conv(backend, length=length, bidirectional=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_conv_dtypes(backend, dtype):
+    check_conv(backend, dtype=dtype)
+    check_conv(backend, dtype=dtype, bidirectional=True)
+
+
+@pytest.mark.parametrize('channels', [1, 7, 33, 130])
+def test_conv_channels(backend, channels):
+    check_conv(backend, channels=channels, bias=False)
+    check_conv(backend, channels=channels, bidirectional=True, bias=False)
+
+
+def test_conv_non_contiguous(backend):
+    check_conv(backend, make=strided)
+    check_conv(backend, make=transposed)
+    check_conv(backend, make=strided, bidirectional=True)
+    check_conv(backend, batch=0, bidirectional=True)
+
+
+def test_conv_deterministic(backend):
+    device = device_of(backend)
+    inputs = conv_inputs(length=70, channels=40, device=device)
+    first_out, first = serve(grads, causal_conv1d, inputs, backend=backend)
+    for _ in range(3):
+        out, got = grads(causal_conv1d, inputs, backend=backend)
+        assert torch.equal(out, first_out) and all(torch.equal(got[k], first[k]) for k in got)
+
+
+# What each backend must serve, so that a refusal is never a silent hole in the tests above
+
+SERVES = {
+    'naive': set(TOLERANCE),
+    'native': set(TOLERANCE),
+    'triton': {torch.float32, torch.bfloat16, torch.float16},
+}
+
+
+@pytest.mark.parametrize('name', SERVES)
+def test_serves(name):
+    if name not in BACKENDS:
+        pytest.skip(f'{name} is not built in')
+    device = device_of(name)
+    for dtype in SERVES[name]:
+        selective_scan(**scan_inputs(length=3, dtype=dtype, device=device), backend=name)
+        causal_conv1d(**conv_inputs(length=3, dtype=dtype, device=device), backend=name)
+
+
+def test_interpreter_is_on():
+    """On a machine without a GPU the suite must test Triton through its interpreter (see conftest.py)."""
+    if 'triton' in BACKENDS and not torch.cuda.is_available():
+        pytest.importorskip('triton')
+        assert os.environ.get('TRITON_INTERPRET') == '1'
