@@ -1,0 +1,117 @@
+"""Patch embedding for images and clips."""
+from typing import Optional, Tuple, Union
+
+import torch
+from timm.layers import resample_patch_embed, to_2tuple
+from torch import _assert, nn
+
+Size2 = Union[int, Tuple[int, int]]
+
+
+class PatchEmbed(nn.Module):
+    """Images or clips to a grid of tokens by one convolution.
+
+    Unlike timm's, it takes clips (a Conv3d over tubelets) and overlapping patches (a stride below the patch size).
+    """
+
+    def __init__(
+            self,
+            img_size: Size2 = 224,
+            patch_size: Size2 = 16,
+            stride: Optional[Size2] = None,
+            num_frames: int = 1,
+            tubelet_size: int = 1,
+            in_chans: int = 3,
+            embed_dim: int = 768,
+            strict_img_size: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            img_size: Height and width in pixels.
+            patch_size: Patch height and width in pixels.
+            stride: Distance between patches in pixels; the patch size if None.
+            num_frames: Frames of a clip; 1 for images.
+            tubelet_size: Frames in one token of a clip.
+            in_chans: Input channels.
+            embed_dim: Width of a token.
+            strict_img_size: Refuse inputs of another size than img_size.
+        """
+        super().__init__()
+        if num_frames % tubelet_size:
+            raise ValueError(f'num_frames: got {num_frames}, needs a multiple of tubelet_size {tubelet_size}')
+        self.patch_size = to_2tuple(patch_size)
+        self.stride = to_2tuple(stride or patch_size)
+        self.num_frames = num_frames
+        self.tubelet_size = tubelet_size
+        self.strict_img_size = strict_img_size
+        self.is_clip = num_frames > 1
+        self._set_img_size(to_2tuple(img_size))
+        self.proj = self._conv(in_chans, embed_dim, device=device, dtype=dtype)
+
+    def _set_img_size(self, img_size: Tuple[int, int]) -> None:
+        self.img_size = img_size
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def _conv(self, in_chans: int, embed_dim: int, **dd) -> nn.Module:
+        if self.is_clip:
+            return nn.Conv3d(
+                in_chans, embed_dim, (self.tubelet_size, *self.patch_size), (self.tubelet_size, *self.stride), **dd)
+        return nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, **dd)
+
+    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Rows and columns of patches for an image size in pixels."""
+        return (
+            (img_size[0] - self.patch_size[0]) // self.stride[0] + 1,
+            (img_size[1] - self.patch_size[1]) // self.stride[1] + 1,
+        )
+
+    def feat_ratio(self, as_scalar: bool = True) -> Union[Tuple[int, int], int]:
+        """Pixels between neighbouring tokens."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def set_input_size(self, img_size: Optional[Size2] = None, patch_size: Optional[Size2] = None) -> None:
+        """Change the image and patch size; non-overlapping patches stay so, kernels are resampled (FlexiViT)."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            old = self.proj
+            if self.stride == self.patch_size:
+                self.stride = to_2tuple(patch_size)
+            self.patch_size = to_2tuple(patch_size)
+            self.proj = self._conv(
+                old.in_channels, old.out_channels, device=old.weight.device, dtype=old.weight.dtype)
+            with torch.no_grad():
+                frames = old.weight.flatten(1, -3)  # a clip's kernel holds one image kernel a frame
+                self.proj.weight.copy_(resample_patch_embed(frames, list(self.patch_size)).view_as(self.proj.weight))
+                self.proj.bias.copy_(old.bias)
+            for new_p, old_p in zip(self.proj.parameters(), old.parameters()):
+                new_p.requires_grad_(old_p.requires_grad)
+            self.proj.train(old.training)
+        self._set_img_size(self.img_size if img_size is None else to_2tuple(img_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: Images (B, C, H, W), or clips (B, C, T, H, W).
+
+        Returns:
+            Tokens (B, T', H', W', embed_dim), T' = 1 for images.
+        """
+        if self.is_clip:
+            _assert(x.ndim == 5, f'x: got {x.ndim} dimensions, needs clips (batch, channels, frames, height, width)')
+            frames = x.shape[2]
+            _assert(frames == self.num_frames, f'x: got {frames} frames, needs num_frames {self.num_frames}')
+        else:
+            _assert(x.ndim == 4, f'x: got {x.ndim} dimensions, needs images (batch, channels, height, width)')
+        H, W = x.shape[-2], x.shape[-1]
+        if self.strict_img_size:
+            _assert(H == self.img_size[0], f"x: got height {H}, needs the model's img_size {self.img_size[0]}")
+            _assert(W == self.img_size[1], f"x: got width {W}, needs the model's img_size {self.img_size[1]}")
+        else:
+            _assert(H % self.stride[0] == 0, f'x: got height {H}, needs a multiple of the stride {self.stride[0]}')
+            _assert(W % self.stride[1] == 0, f'x: got width {W}, needs a multiple of the stride {self.stride[1]}')
+        x = self.proj(x)
+        if not self.is_clip:
+            x = x.unsqueeze(2)
+        return x.permute(0, 2, 3, 4, 1)

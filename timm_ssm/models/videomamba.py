@@ -1,0 +1,524 @@
+"""VideoMamba: an isotropic bidirectional state-space model for images and clips.
+
+Paper: `VideoMamba: State Space Model for Efficient Video Understanding` - https://arxiv.org/abs/2403.06977
+
+Authors' code and weights: https://github.com/OpenGVLab/VideoMamba (Apache-2.0)
+
+A ViT whose blocks hold a bidirectional Mamba mixer and nothing else: no attention, no MLP. This is an implementation
+from the paper; parameter values are those of the authors' checkpoints, names follow timm.
+"""
+import math
+from functools import partial
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    RmsNorm,
+    calculate_drop_path_rates,
+    global_pool_nlc,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..layers import BiMamba, PatchEmbed, at_least_float32
+from ._checkpoints import check_fits, unwrap_state_dict
+from ._timm import update_model_input_size
+
+__all__ = ['VideoMamba']
+
+
+class MambaBlock(nn.Module):
+    """x + DropPath(mixer(norm(x))), the residual stream in float32."""
+
+    def __init__(
+            self,
+            dim: int,
+            mixer_layer: Type[nn.Module] = BiMamba,
+            norm_layer: Type[nn.Module] = partial(RmsNorm, eps=1e-5),
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+            **mixer_kwargs,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.mixer = mixer_layer(dim, **mixer_kwargs, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x).to(self.norm.weight.dtype)))
+
+
+class VideoMamba(nn.Module):
+    """VideoMamba.
+
+    Images (B, C, H, W), or clips (B, C, T, H, W) where num_frames > 1. Tokens are row-major within a frame and frames
+    follow one another, behind one class token.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            stride: Optional[Union[int, Tuple[int, int]]] = None,
+            num_frames: int = 1,
+            tubelet_size: int = 1,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'token',
+            embed_dim: int = 192,
+            depth: int = 24,
+            d_state: int = 16,
+            d_conv: int = 4,
+            expand: int = 2,
+            drop_rate: float = 0.,
+            pos_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            dynamic_img_size: bool = False,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            img_size: Input height and width in pixels.
+            patch_size: Patch height and width in pixels.
+            stride: Distance between patches in pixels; the patch size if None.
+            num_frames: Frames of a clip; 1 for images.
+            tubelet_size: Frames in one token of a clip.
+            in_chans: Input channels.
+            num_classes: Classes of the head; 0 for no head.
+            global_pool: 'token' (class token), 'avg', 'max', 'avgmax' over the others, or '' for all tokens.
+            embed_dim: Width of the tokens.
+            depth: Blocks.
+            d_state: States of a scanned channel.
+            d_conv: Taps of the mixer's convolution.
+            expand: Scanned channels over embed_dim.
+            drop_rate: Dropout before the head.
+            pos_drop_rate: Dropout after the position embedding.
+            drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first.
+            dynamic_img_size: Take any input size, resampling the position embedding on the fly.
+            weight_init: '' as the authors' code initialises, 'mamba' for the same with Mamba's initialisation of the
+                step sizes (which the authors' code overwrites with zero biases), 'skip' for none.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_pool(global_pool)
+        if weight_init not in ('', 'mamba', 'skip'):
+            raise ValueError(f"weight_init: got {weight_init!r}, needs '', 'mamba' or 'skip'")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.has_class_token = True
+        self.dynamic_img_size = dynamic_img_size
+        self.weight_init_mode = weight_init
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            stride=stride,
+            num_frames=num_frames,
+            tubelet_size=tubelet_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            strict_img_size=not dynamic_img_size,
+            **dd,
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim, **dd))
+        if num_frames > 1:
+            self.temporal_pos_embed = nn.Parameter(torch.empty(1, num_frames // tubelet_size, embed_dim, **dd))
+        else:
+            self.temporal_pos_embed = None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        dpr = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(*[
+            MambaBlock(
+                embed_dim,
+                drop_path=dpr[i],
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                **dd,
+            )
+            for i in range(depth)])
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+        self.norm = RmsNorm(embed_dim, eps=1e-5, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise all parameters.
+
+        Args:
+            mode: As the constructor's weight_init; '' to take that.
+            needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
+        """
+        mode = mode or self.weight_init_mode
+        trunc_normal_(self.pos_embed, std=.02)
+        nn.init.zeros_(self.cls_token)
+        if self.temporal_pos_embed is not None:
+            nn.init.zeros_(self.temporal_pos_embed)
+        named_apply(
+            partial(_init_weights, depth=len(self.blocks), mamba_dt=mode == 'mamba', needs_reset=needs_reset), self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that take no weight decay: embeddings, A and D."""
+        state_space = ('A_log', 'A_b_log', 'D', 'D_b')
+        names = {n for n, _ in self.named_parameters() if n.rpartition('.')[2] in state_space}
+        return names | {'pos_embed', 'cls_token', 'temporal_pos_embed'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that put the stem in the first group and every block in its own (layer-wise learning rates)."""
+        return dict(
+            stem=r'^cls_token|pos_embed|temporal_pos_embed|patch_embed',
+            blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one.
+
+        Args:
+            num_classes: Classes; 0 for no head.
+            global_pool: Pooling as in the constructor; None to keep the current one.
+        """
+        self.num_classes = num_classes
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        dd = {'device': self.pos_embed.device, 'dtype': self.pos_embed.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the input size, resampling the position embedding (and the patch kernel).
+
+        Args:
+            img_size: New height and width in pixels; None to keep them.
+            patch_size: New patch height and width in pixels; None to keep them.
+        """
+        old_size = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        if self.patch_embed.grid_size != old_size:
+            with torch.no_grad():
+                pos_embed = resample_abs_pos_embed(
+                    self.pos_embed, list(self.patch_embed.grid_size), list(old_size), self.num_prefix_tokens)
+            self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, H, W, C) to the sequence (B, 1 + T H W, C), embeddings added."""
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            pos_embed = resample_abs_pos_embed(
+                pos_embed,
+                new_size=[x.shape[2], x.shape[3]],
+                old_size=[self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
+                num_prefix_tokens=1,
+            )
+        x = x.flatten(2, 3) + pos_embed[:, None, 1:]
+        if self.temporal_pos_embed is not None:
+            x = x + self.temporal_pos_embed.unsqueeze(2)
+        cls_token = self.cls_token + pos_embed[:, :1]
+        x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
+        return self.pos_drop(at_least_float32(x))
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Images (B, C, H, W), or clips (B, C, T, H, W).
+            indices: Take last n blocks if int, all if None, select matching indices if sequence.
+            return_prefix_tokens: Return pairs of the spatial tokens and the class token (B, 1, C).
+            norm: Apply the final norm to all intermediates.
+            stop_early: Stop iterating over blocks when last desired intermediate hit.
+            output_fmt: 'NCHW' for maps, (B, C, T, H, W) from clips; 'NLC' for tokens.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            The final features (B, 1 + T H W, C) and a list of intermediates, or that list alone.
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+
+        x = self.patch_embed(x)
+        B, T, H, W, _ = x.shape
+        x = self._pos_embed(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[:max_index + 1]
+        for i, blk in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x)
+            else:
+                x = blk(x)
+            if i in take_indices:
+                intermediates.append((self.norm(x) if norm else x).to(self.pos_embed.dtype))
+
+        prefix_tokens = [y[:, :1] for y in intermediates]
+        intermediates = [y[:, 1:] for y in intermediates]
+        if output_fmt == 'NCHW':
+            intermediates = [y.reshape(B, T, H, W, -1).permute(0, 4, 1, 2, 3) for y in intermediates]
+            if self.temporal_pos_embed is None:
+                intermediates = [y.squeeze(2) for y in intermediates]
+            intermediates = [y.contiguous() for y in intermediates]
+        if not torch.jit.is_scripting() and return_prefix_tokens:
+            # return_prefix not support in torchscript due to poor type handling
+            intermediates = list(zip(intermediates, prefix_tokens))
+        if intermediates_only:
+            return intermediates
+        return self.norm(x).to(self.pos_embed.dtype), intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[:max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images or clips to normed tokens (B, 1 + T H W, C), the class token first."""
+        x = self.patch_embed(x)
+        x = self._pos_embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x).to(self.pos_embed.dtype)
+
+    def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
+        """Pool tokens (B, L, C) to (B, C), unless the pooling is ''."""
+        return global_pool_nlc(
+            x,
+            pool_type=self.global_pool if pool_type is None else pool_type,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens to logits (B, num_classes), or to what the classifier would get."""
+        x = self.pool(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in ('', 'token', 'avg', 'max', 'avgmax'):
+        raise ValueError(f"global_pool: got {global_pool!r}, needs '', 'token', 'avg', 'max' or 'avgmax'")
+
+
+def _init_weights(module: nn.Module, name: str, depth: int, mamba_dt: bool, needs_reset: bool) -> None:
+    """The authors' initialisation; children come before their parents."""
+    if needs_reset and hasattr(module, 'reset_parameters'):
+        module.reset_parameters()
+    if isinstance(module, nn.Linear):
+        if name.endswith('out_proj'):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                module.weight.div_(math.sqrt(depth))
+        else:
+            trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif mamba_dt and hasattr(module, 'init_dt'):
+        module.init_dt()
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VideoMamba) -> Dict[str, torch.Tensor]:
+    """The authors' or our own checkpoint to this model's names, resampled to its patch and input size."""
+    state_dict = unwrap_state_dict(state_dict)
+    out = {}
+    for k, v in state_dict.items():
+        if k.startswith('layers.'):
+            k = k.replace('layers.', 'blocks.', 1)
+        elif k.startswith('norm_f.'):
+            k = k.replace('norm_f.', 'norm.', 1)
+        elif k == 'temporal_pos_embedding':
+            k = 'temporal_pos_embed'
+        if k == 'patch_embed.proj.weight' and v.ndim == 4 and v.shape[-2:] != model.patch_embed.patch_size:
+            v = resample_patch_embed(v, list(model.patch_embed.patch_size))
+        elif k == 'pos_embed' and v.shape[1] != model.pos_embed.shape[1]:
+            v = resample_abs_pos_embed(v, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=1)
+        out[k] = v
+    return check_fits(out, model, adaptable=('head.', 'patch_embed.proj.'))
+
+
+def _create_videomamba(variant: str, pretrained: bool = False, **kwargs) -> VideoMamba:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        VideoMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0', 'origin_url': 'https://github.com/OpenGVLab/VideoMamba',
+        'paper_name': 'VideoMamba: State Space Model for Efficient Video Understanding',
+        'paper_ids': 'arXiv:2403.06977',
+        **kwargs,
+    }
+
+
+def _image_cfg(size: str, img_size: int, trained_at: str) -> Dict[str, Any]:
+    return _cfg(
+        hf_hub_id='OpenGVLab/VideoMamba',
+        hf_hub_filename=f'videomamba_{size}16_in1k_res{trained_at}.pth',
+        input_size=(3, img_size, img_size),
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'videomamba_tiny_patch16_224.in1k': _image_cfg('t', 224, '224'),
+    'videomamba_tiny_patch16_448.in1k': _image_cfg('t', 448, '224to448'),
+    'videomamba_tiny_patch16_576.in1k': _image_cfg('t', 576, '224to448to576'),
+    'videomamba_small_patch16_224.in1k': _image_cfg('s', 224, '224'),
+    'videomamba_small_patch16_448.in1k': _image_cfg('s', 448, '224to448'),
+    'videomamba_small_patch16_576.in1k': _image_cfg('s', 576, '224to448to576'),
+    'videomamba_middle_patch16_224.in1k': _image_cfg('m', 224, '224'),
+    'videomamba_middle_patch16_448.in1k': _image_cfg('m', 448, '224to448'),
+    'videomamba_middle_patch16_576.in1k': _image_cfg('m', 576, '224to448to576'),
+    'videomamba_base_patch16_224.in1k': _image_cfg('b', 224, '224'),
+})
+
+
+@register_model
+def videomamba_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti, 7 M parameters."""
+    model_args = dict(embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_448(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti fine-tuned at 448."""
+    model_args = dict(img_size=448, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_448', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_576(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti fine-tuned at 448, then 576."""
+    model_args = dict(img_size=576, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_576', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S, 26 M parameters."""
+    model_args = dict(embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_448(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S fine-tuned at 448."""
+    model_args = dict(img_size=448, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_448', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_576(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S fine-tuned at 448, then 576."""
+    model_args = dict(img_size=576, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_576', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M, 74 M parameters; trained with self-distillation."""
+    model_args = dict(embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_448(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M fine-tuned at 448."""
+    model_args = dict(img_size=448, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_448', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_576(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M fine-tuned at 448, then 576."""
+    model_args = dict(img_size=576, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_576', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_base_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-B, 98 M parameters; trained with self-distillation."""
+    model_args = dict(embed_dim=768, depth=24)
+    return _create_videomamba('videomamba_base_patch16_224', pretrained, **dict(model_args, **kwargs))
