@@ -84,12 +84,13 @@ def main(argv) -> int:
     if not names:
         raise SystemExit(f'timm_suite: no model matches {argv}; there are {", ".join(every)}')
 
-    isotropic = [n for n in timm.list_models(module=ISOTROPIC)]
+    isotropic = list(timm.list_models(module=ISOTROPIC))
     test_file = fetch(timm.__version__)
     target = test_file.with_name('test_models_timm_ssm.py')
     target.write_text(patch(test_file.read_text(), isotropic, modules))
     return pytest.main(
-        [str(target), '-q', '-p', 'no:cacheprovider', f'--rootdir={target.parent}', '-c', '/dev/null', *pytest_args],
+        [str(target), '-q', '-p', 'no:cacheprovider', f'--rootdir={target.parent}', '-c', '/dev/null',
+         '-W', 'ignore', *pytest_args],
         plugins=[OnlyOurs(names)])
 
 

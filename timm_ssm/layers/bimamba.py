@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import bidirectional_causal_conv1d, bidirectional_selective_scan
-from .ssm import DtProj, init_dt, log_decay_init, state_decay
+from .ssm import CausalConv1d, DtProj, init_dt, log_decay_init, state_decay
 
 
 class BiMamba(nn.Module):
@@ -42,12 +42,12 @@ class BiMamba(nn.Module):
         self.dt_rank = dt_rank or math.ceil(dim / 16)
 
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
+        self.conv1d = CausalConv1d(inner, d_conv, **dd)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = DtProj(self.dt_rank, inner, **dd)
         self.A_log = nn.Parameter(torch.empty(inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(inner, **dd))
-        self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
+        self.conv1d_b = CausalConv1d(inner, d_conv, **dd)
         self.x_proj_b = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj_b = DtProj(self.dt_rank, inner, **dd)
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state, **dd))

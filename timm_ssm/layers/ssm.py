@@ -6,12 +6,27 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops import causal_conv1d
+
 
 class DtProj(nn.Linear):
     """Projection of the step size, whose bias is left to the scan: it adds it in float32, whatever the activations."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
+
+
+class CausalConv1d(nn.Conv1d):
+    """Parameters of `ops.causal_conv1d`, named and initialised as in nn.Conv1d, and the op itself as forward."""
+    bias: torch.Tensor  # never None, which TorchScript wants to be told
+
+    def __init__(self, channels: int, kernel_size: int, device=None, dtype=None) -> None:
+        super().__init__(
+            channels, channels, kernel_size, groups=channels, padding=kernel_size - 1, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, channels) -> (B, L, channels), SiLU applied"""
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias)
 
 
 def init_dt(proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:

@@ -12,6 +12,19 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def to_autocast_dtype(*tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+    """Activations in the dtype that autocast, if it is on, wants on their device; float64 stays."""
+    device_type = tensors[0].device.type
+    if (
+            device_type == 'meta'  # knows no autocast
+            or not torch.is_autocast_enabled(device_type)
+            or tensors[0].dtype == torch.float64
+    ):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
 class ScanCall(NamedTuple):
     """One call of the scan over one or two directions, whose outputs are summed and then gated.
 

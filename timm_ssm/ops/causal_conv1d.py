@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
 from .backends import choose
-from .calls import ConvCall, acc_dtype
+from .calls import ConvCall, acc_dtype, to_autocast_dtype
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -17,7 +17,6 @@ def causal_conv1d(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
-        *,
         activation: Optional[str] = 'silu',
         reverse: bool = False,
         centered: bool = False,
@@ -62,7 +61,6 @@ def bidirectional_causal_conv1d(
         x: torch.Tensor,
         weight: Pair,
         bias: Optional[Pair] = None,
-        *,
         activation: Optional[str] = 'silu',
         backend: Optional[str] = None,
 ) -> Pair:
@@ -95,8 +93,7 @@ def _causal_conv1d(
         centered: bool,
         backend: Optional[str],
 ) -> List[torch.Tensor]:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x, = to_autocast_dtype(x)
     for i, w in enumerate(weight):
         b = None if bias is None else bias[i]
         if not _fits(x, w, b, activation):

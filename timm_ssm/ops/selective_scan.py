@@ -9,14 +9,14 @@ from timm.layers import is_exportable, register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose
-from .calls import ScanCall, acc_dtype
+from .calls import ScanCall, acc_dtype, to_autocast_dtype
 from .exportable import parallel_scan
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
 
 
 @register_notrace_function
-def selective_scan(
+def selective_scan(  # no keyword-only arguments: TorchScript refuses them
         u: torch.Tensor,
         delta: torch.Tensor,
         A: torch.Tensor,
@@ -25,7 +25,6 @@ def selective_scan(
         D: Optional[torch.Tensor] = None,
         z: Optional[torch.Tensor] = None,
         delta_bias: Optional[torch.Tensor] = None,
-        *,
         delta_softplus: bool = True,
         reverse: bool = False,
         residual: bool = False,
@@ -96,7 +95,6 @@ def bidirectional_selective_scan(
         D: Optional[Pair] = None,
         z: Optional[torch.Tensor] = None,
         delta_bias: Optional[Pair] = None,
-        *,
         delta_softplus: bool = True,
         residual: bool = False,
         mask_diagonal: bool = False,
@@ -141,11 +139,8 @@ def _selective_scan(
         mask_diagonal: List[bool],
         backend: Optional[str],
 ) -> torch.Tensor:
-    device_type = u[0].device.type
-    if torch.is_autocast_enabled(device_type) and u[0].dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        u, delta, B, C = ([x.to(dtype) for x in xs] for xs in (u, delta, B, C))
-        z = None if z is None else z.to(dtype)
+    u, delta, B, C = (to_autocast_dtype(*xs) for xs in (u, delta, B, C))
+    z = z if z is None else to_autocast_dtype(z)[0]
     for i in range(len(u)):
         args = (u[i], delta[i], A[i], B[i], C[i], D and D[i], z, delta_bias and delta_bias[i])
         if not _fits(*args):
