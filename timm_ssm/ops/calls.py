@@ -25,6 +25,15 @@ def to_autocast_dtype(*tensors: Optional[torch.Tensor]) -> List[Optional[torch.T
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
+def refuse_second_derivative(name: str) -> None:
+    """Raise in the backward pass of op `name` if its result is to be differentiated again.
+
+    `once_differentiable` notices only where the incoming gradient requires grad itself, and else drops terms silently.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f'{name}: its second derivative is not defined, use create_graph=False')
+
+
 class ScanCall(NamedTuple):
     """One call of the scan over one or two directions, whose outputs are summed and then gated.
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
 from .backends import choose
-from .calls import ConvCall, acc_dtype, to_autocast_dtype
+from .calls import ConvCall, acc_dtype, refuse_second_derivative, to_autocast_dtype
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -194,8 +194,8 @@ class _CausalConv1d(torch.autograd.Function):
         return tuple(_op(x, parameters[:n], parameters[n:], *flags, backend))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outs):
+        refuse_second_derivative('causal_conv1d')
         x, *parameters = ctx.saved_tensors
         flags, n, backend = ctx.config
         return None, *_op_backward(x, parameters[:n], parameters[n:], *flags, grad_outs, backend)

@@ -9,7 +9,7 @@ from timm.layers import is_exportable, register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose
-from .calls import ScanCall, acc_dtype, to_autocast_dtype
+from .calls import ScanCall, acc_dtype, refuse_second_derivative, to_autocast_dtype
 from .exportable import parallel_scan
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
@@ -288,8 +288,8 @@ class _SelectiveScan(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
+        refuse_second_derivative('selective_scan')
         z, y, states, *tensors = ctx.saved_tensors
         flags, n, has_D, has_bias, backend = ctx.config
         lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
