@@ -1,5 +1,6 @@
 """Mixers and blocks that several families share."""
 from .bimamba import BiMamba
+from .norm import RmsNorm
 from .patch_embed import PatchEmbed
 from .ssm import CausalConv1d, DtProj, at_least_float32, init_dt, log_decay_init, state_decay
 
@@ -8,6 +9,7 @@ __all__ = [
     'CausalConv1d',
     'DtProj',
     'PatchEmbed',
+    'RmsNorm',
     'at_least_float32',
     'init_dt',
     'log_decay_init',

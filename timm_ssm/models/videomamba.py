@@ -15,7 +15,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
-    RmsNorm,
     calculate_drop_path_rates,
     global_pool_nlc,
     resample_abs_pos_embed,
@@ -33,7 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import BiMamba, PatchEmbed, at_least_float32
+from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._timm import update_model_input_size
 
@@ -47,7 +46,7 @@ class MambaBlock(nn.Module):
             self,
             dim: int,
             mixer_layer: Type[nn.Module] = BiMamba,
-            norm_layer: Type[nn.Module] = partial(RmsNorm, eps=1e-5),
+            norm_layer: Type[nn.Module] = RmsNorm,
             drop_path: float = 0.,
             device=None,
             dtype=None,
@@ -55,12 +54,12 @@ class MambaBlock(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm = norm_layer(dim, **dd)
+        self.norm = norm_layer(dim, eps=1e-5, **dd)
         self.mixer = mixer_layer(dim, **mixer_kwargs, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x).to(self.norm.weight.dtype)))
+        return x + self.drop_path(self.mixer(self.norm(x)))
 
 
 class VideoMamba(nn.Module):

@@ -12,28 +12,6 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def to_autocast_dtype(*tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
-    """Activations in the dtype that autocast, if it is on, wants on their device; float64 stays."""
-    device_type = tensors[0].device.type
-    if (
-            device_type == 'meta'  # knows no autocast
-            or not torch.is_autocast_enabled(device_type)
-            or tensors[0].dtype == torch.float64
-    ):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [None if x is None else x.to(dtype) for x in tensors]
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise in the backward pass of op `name` if its result is to be differentiated again.
-
-    `once_differentiable` notices only where the incoming gradient requires grad itself, and else drops terms silently.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f'{name}: its second derivative is not defined, use create_graph=False')
-
-
 class ScanCall(NamedTuple):
     """One call of the scan over one or two directions, whose outputs are summed and then gated.
 

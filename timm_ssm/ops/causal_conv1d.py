@@ -2,12 +2,13 @@
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from timm.layers import is_exportable, register_notrace_function
+from timm.layers import register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
 from .backends import choose
-from .calls import ConvCall, acc_dtype, refuse_second_derivative, to_autocast_dtype
+from .calls import ConvCall, acc_dtype
+from .glue import below_autograd, exporting, needs_grad, refuse_second_derivative, run, to_autocast_dtype
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -103,14 +104,12 @@ def _causal_conv1d(
     bias = [] if bias is None else [b.to(acc).contiguous() for b in bias]
     flags = (activation == 'silu', reverse, centered)
 
-    if is_exportable():
+    if exporting():
         return [
             exportable.conv1d(x, w, bias[i] if bias else None, flags[0], reverse[i], centered)
             for i, w in enumerate(weight)
         ]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weight, *bias)):
-        return _CausalConv1d.apply((flags, len(weight), backend or ''), x, *weight, *bias)
-    return _op(x, weight, bias, *flags, backend or '')
+    return run(_op, (x, *weight, *bias), x, weight, bias, *flags, backend or '')
 
 
 def _fits(x, weight, bias, activation) -> bool:
@@ -191,7 +190,8 @@ class _CausalConv1d(torch.autograd.Function):
         flags, n, backend = config
         ctx.config = config
         ctx.save_for_backward(x, *parameters)
-        return tuple(_op(x, parameters[:n], parameters[n:], *flags, backend))
+        with below_autograd():
+            return tuple(_op(x, parameters[:n], parameters[n:], *flags, backend))
 
     @staticmethod
     def backward(ctx, *grad_outs):
@@ -199,6 +199,17 @@ class _CausalConv1d(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         flags, n, backend = ctx.config
         return None, *_op_backward(x, parameters[:n], parameters[n:], *flags, grad_outs, backend)
+
+
+def _autograd(*args) -> List[torch.Tensor]:
+    x, weight, bias, silu, reverse, centered, backend = args
+    if not needs_grad((x, *weight, *bias)):
+        with below_autograd():
+            return _op(*args)
+    return list(_CausalConv1d.apply(((silu, reverse, centered), len(weight), backend), x, *weight, *bias))
+
+
+_lib.impl('causal_conv1d', _autograd, 'Autograd')
 
 
 @register_flop_formula(torch.ops.timm_ssm.causal_conv1d)

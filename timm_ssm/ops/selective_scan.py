@@ -5,12 +5,13 @@ Paper: `Mamba: Linear-Time Sequence Modeling with Selective State Spaces` - http
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from timm.layers import is_exportable, register_notrace_function
+from timm.layers import register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose
-from .calls import ScanCall, acc_dtype, refuse_second_derivative, to_autocast_dtype
+from .calls import ScanCall, acc_dtype
 from .exportable import parallel_scan
+from .glue import below_autograd, exporting, needs_grad, refuse_second_derivative, run, to_autocast_dtype
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
 
@@ -151,7 +152,7 @@ def _selective_scan(
     delta_bias = [] if delta_bias is None else [_parameter(x, acc) for x in delta_bias]
     flags = (delta_softplus, reverse, residual, mask_diagonal)
 
-    if is_exportable():
+    if exporting():
         out = None
         for i in range(len(u)):
             y = parallel_scan(
@@ -159,10 +160,8 @@ def _selective_scan(
                 delta_softplus, reverse[i], residual, mask_diagonal[i])
             out = y if out is None else out + y
         return out
-    tensors = (*u, *delta, *A, *B, *C, *D, *delta_bias)
-    if torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or (z is not None and z.requires_grad)):
-        return _SelectiveScan.apply((flags, len(u), bool(D), bool(delta_bias), backend or ''), z, *tensors)
-    return _op(u, delta, A, B, C, D, delta_bias, z, *flags, False, backend or '')[0]
+    return run(_op, (*u, *delta, *A, *B, *C, *D, *delta_bias, z),
+               u, delta, A, B, C, D, delta_bias, z, *flags, False, backend or '')[0]
 
 
 def _parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -221,8 +220,8 @@ def _misfit(u, delta, A, B, C, D, z, delta_bias) -> str:
     raise AssertionError('unreachable: the arguments fit')
 
 
-# The op proper. Gradients come from `_SelectiveScan`: an autograd.Function around a forward and a backward op costs a
-# third of the call overhead of `torch.library.custom_op` + `register_autograd`.
+# The op proper. A schema, kernels and an autograd.Function: `torch.library.custom_op` + `register_autograd` do the same
+# at three times the call overhead.
 _ARGS = (
     'Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] delta_bias, Tensor? z, '
     'bool delta_softplus, bool[] reverse, bool residual, bool[] mask_diagonal'
@@ -280,18 +279,19 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, config, z, *tensors):
-        flags, n, has_D, has_bias, backend = config
-        lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
-        out, y, states = _op(*lists, z, *flags, True, backend)
+        n, has_D, has_bias, flags, backend = config
+        with below_autograd():
+            out, y, states = _op(*_SelectiveScan.lists(tensors, n, has_D, has_bias), z, *flags, True, backend)
         ctx.config = config
         ctx.save_for_backward(z, y, states, *tensors)
-        return out
+        ctx.mark_non_differentiable(y, states)
+        return out, y, states
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, *_):
         refuse_second_derivative('selective_scan')
         z, y, states, *tensors = ctx.saved_tensors
-        flags, n, has_D, has_bias, backend = ctx.config
+        n, has_D, has_bias, flags, backend = ctx.config
         lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
         grads = _op_backward(*lists, z, *flags, grad_out, y, states, backend)
         if z is None:
@@ -303,6 +303,19 @@ class _SelectiveScan(torch.autograd.Function):
         """Undo the flattening: u, delta, A, B, C, D, delta_bias, each a list over directions."""
         it = iter(tensors)
         return [[next(it) for _ in range(n)] if given else [] for given in (True,) * 5 + (has_D, has_bias)]
+
+
+def _autograd(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *lists, z, delta_softplus, reverse, residual, mask_diagonal, save, backend = args
+    tensors = [x for xs in lists for x in xs]
+    if not needs_grad((*tensors, z)):
+        with below_autograd():
+            return _op(*args)
+    flags = (delta_softplus, reverse, residual, mask_diagonal)
+    return _SelectiveScan.apply((len(lists[0]), bool(lists[5]), bool(lists[6]), flags, backend), z, *tensors)
+
+
+_lib.impl('selective_scan', _autograd, 'Autograd')
 
 
 def scan_flops(

@@ -1,0 +1,49 @@
+"""Reading the reference numbers, for every family's tests."""
+import json
+from pathlib import Path
+from typing import Dict, Tuple
+
+import torch
+from safetensors import safe_open
+
+from ..fixtures.synthesize import image, synthesize
+
+FIXTURES = Path(__file__).parents[1] / 'fixtures'
+
+
+def load_reference(name: str) -> Tuple[Dict, Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+    """Constructor arguments, released parameters by the authors' names, and the input, output and activations."""
+    with safe_open(str(FIXTURES / f'{name}.safetensors'), 'pt') as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict
+        config = json.loads(f.metadata()['config'])
+    weights = {k[2:]: v for k, v in tensors.items() if k.startswith('w/')}
+    return config, weights, {k: v for k, v in tensors.items() if not k.startswith('w/')}
+
+
+def released_shapes() -> Dict[str, Dict[str, Tuple[int, ...]]]:
+    """Names and shapes of the released full-size checkpoints, by model."""
+    checkpoints = json.loads((FIXTURES / 'checkpoints.json').read_text())
+    return {m: {k: tuple(s) for k, s in shapes.items()} for m, shapes in checkpoints.items()}
+
+
+def synthetic_checkpoint(model: str) -> Dict[str, torch.Tensor]:
+    """A released checkpoint's names and shapes with values made from the names."""
+    return {k: synthesize(k, s) for k, s in released_shapes()[model].items()}
+
+
+def check_fullsize(name: str, model: torch.nn.Module) -> None:
+    """Compare a full-size model that holds `synthetic_checkpoint(name)` with the authors' code on the same values."""
+    want = json.loads((FIXTURES / 'fullsize.json').read_text())[name]
+    assert sum(p.numel() for p in model.parameters()) == want['params']
+    with torch.no_grad():
+        logits = model.eval()(image(want['input_shape'], want['input_seed']))[0]
+    scale = max(map(abs, want['logits_first8']))
+    torch.testing.assert_close(logits[:8], torch.tensor(want['logits_first8']), rtol=0, atol=1e-3 * scale)
+    assert abs(logits.sum().item() - want['logits_sum']) < 1e-3 * want['logits_abs_sum']
+    assert abs(logits.abs().sum().item() - want['logits_abs_sum']) < 1e-3 * want['logits_abs_sum']
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to within tolerance times the largest value."""
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= tolerance * want.abs().max()

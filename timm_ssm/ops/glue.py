@@ -1,0 +1,48 @@
+"""What both ops need between their Python function and PyTorch's dispatcher."""
+from typing import Any, Iterable, List, Optional
+
+import torch
+from timm.layers import is_exportable
+
+#: Context manager in which an op's call goes straight to its kernel, past autograd.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def exporting() -> bool:
+    """Whether to run plain PyTorch operators alone: an ONNX export is under way, or timm's exportable flag is set."""
+    return is_exportable() or torch.onnx.is_in_onnx_export()
+
+
+def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
+    """Whether autograd has to record a call on these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def run(op: Any, tensors: Iterable[Optional[torch.Tensor]], *args) -> Any:
+    """Call op(*args), whose tensors are `tensors`; without gradients past autograd, a third of the call overhead."""
+    if torch.compiler.is_compiling() or needs_grad(tensors):
+        return op(*args)
+    with below_autograd():
+        return op(*args)
+
+
+def to_autocast_dtype(*tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+    """Activations in the dtype that autocast, if it is on, wants on their device; float64 stays."""
+    device_type = tensors[0].device.type
+    if (
+            device_type == 'meta'  # knows no autocast
+            or not torch.is_autocast_enabled(device_type)
+            or tensors[0].dtype == torch.float64
+    ):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in the backward pass of op `name` if its result is to be differentiated again.
+
+    `once_differentiable` notices only where the incoming gradient requires grad itself, and else drops terms silently.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f'{name}: its second derivative is not defined, use create_graph=False')
