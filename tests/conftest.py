@@ -1,7 +1,28 @@
 import os
+import tempfile
+import time
 
+import pytest
 import torch
+
+from .hub_server import HubServer
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is imported
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# The tests see a Hub on this machine and an empty cache. huggingface_hub reads these once, when it is imported.
+_HUB = HubServer()
+_HF_HOME = tempfile.TemporaryDirectory(prefix='hf_home_')
+os.environ.update(HF_ENDPOINT=_HUB.url, HF_HOME=_HF_HOME.name, HF_HUB_DISABLE_XET='1')
+for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub of the tests, empty; huggingface_hub waits only briefly before it tries again."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, 'sleep', lambda seconds: sleep(min(seconds, .01)))
+    _HUB.reset()
+    return _HUB

@@ -22,7 +22,6 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
     generate_default_cfgs,
@@ -33,6 +32,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32
+from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._timm import update_model_input_size
 
