@@ -155,8 +155,8 @@ def scan_backward(
     if call.z is not None:
         z, dz = _readable(call.z, acc), new(grad_out.shape, dtype=acc)
     if grad_out.numel():
-        y = None if z is None else _readable(y, acc)
-        _run('scan_backward', _scan_fields(call, parts, z, y, _readable(grad_out, acc), dz, directions))
+        y, grad = None if z is None else _readable(y, acc), _readable(grad_out, acc)
+        _run('scan_backward', _scan_fields(call, parts, z, y, grad, dz, directions))
 
     results = []
     for i, (*_, grads) in enumerate(directions):
@@ -190,7 +190,8 @@ def conv_forward(call: ConvCall) -> List[torch.Tensor]:
     dtype, acc = call.x.dtype, acc_dtype(call.x.dtype)
     outs = [torch.empty(call.x.shape, dtype=acc) for _ in call.weight]
     if call.x.numel():
-        _run('conv_forward', _conv_fields(call, _readable(call.x, acc), None, outs, None))
+        x = _readable(call.x, acc)
+        _run('conv_forward', _conv_fields(call, x, None, outs, None))
     return [out.to(dtype) for out in outs]
 
 
@@ -206,8 +207,8 @@ def conv_backward(
     dx = new(call.x.shape, dtype=acc)
     dparameters = [new(batch, kernel_size + 1, channels, dtype=acc) for _ in call.weight]
     if call.x.numel():
-        grad_outs = [_readable(g, acc) for g in grad_outs]
-        _run('conv_backward', _conv_fields(call, _readable(call.x, acc), dx, grad_outs, dparameters))
+        x, grad_outs = _readable(call.x, acc), [_readable(g, acc) for g in grad_outs]
+        _run('conv_backward', _conv_fields(call, x, dx, grad_outs, dparameters))
     dparameters = [p.sum(0) for p in dparameters]
     return (
         dx.to(dtype), [p[:kernel_size].t().contiguous() for p in dparameters],
