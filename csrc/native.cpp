@@ -7,6 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace baseline {
 #define VECTOR_BYTES 16
 #include "kernels.h"

@@ -180,7 +180,7 @@ static void forward_direction(
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
-                const Vec<R> dt = s.softplus ? softplus<R>(x) : x;
+                const Vec<R> dt = s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x;
                 const Vec<R> skip = load(m->D + v) * ui;
                 store(m->dt + i * BLOCK<R> + v, dt);
                 store(m->dtu + i * BLOCK<R> + v, dt * ui);
@@ -336,8 +336,9 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
                 const Vec<R> ui = load(u[i] + v);
                 Vec<R> dt = load(delta[i] + v) + load(m->bias + v), slope = splat(R(1));
                 if (s.softplus) {
-                    slope = dt > splat(R(20)) ? slope : sigmoid<R>(dt);
-                    dt = softplus<R>(dt);
+                    const Vec<R> e = exp_minus<R>(dt);
+                    slope = dt > splat(R(20)) ? slope : sigmoid<R>(dt, e);
+                    dt = softplus<R>(dt, e);
                 }
                 Vec<R> dy = load(grad[i] + v);
                 if (s.z.data) {
