@@ -18,12 +18,13 @@ from typing import Dict, List, Optional, Union
 from ..calls import ConvCall, ScanCall
 
 _MODULES = {
+    'native': 'timm_ssm.ops.backends.native',
     'naive': 'timm_ssm.ops.naive',
 }
 BACKENDS = tuple(_MODULES)
 #: Order of preference on each device type; devices not named here take `naive`.
 _PREFERENCE = {
-    'cpu': ('naive',),
+    'cpu': ('native', 'naive'),
     'cuda': ('naive',),
 }
 

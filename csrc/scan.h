@@ -1,0 +1,414 @@
+// The selective scan for one instruction set: included inside its namespace after simd.h.
+//
+// A task walks the tokens of one batch item for a block of channels, in tiles of STRIDE tokens that stay in the L1 cache
+// together with the block's states. Vectors run over channels. Within a tile a few states at a time are kept in
+// registers and taken through all of its tokens.
+
+template <class R>
+constexpr int BLOCK = 128 / sizeof(R);  // channels of a task
+
+constexpr int MAX_STATES = VECTOR_BYTES == 64 ? 16 : 4;  // states held in registers, forward
+constexpr int MAX_STATES_BACKWARD = 4;
+
+// The rows of one tile: `data` is the row that the scan meets first, `stride` leads to the next.
+template <class R>
+struct Rows {
+    R* data;
+    int64_t stride;
+    R* operator[](int i) const { return data + i * stride; }
+};
+
+// Where a tile lies: `rows` tokens from `token` on, in steps of `step` (-1 in reverse), channels [channel, +width).
+struct Tile {
+    int64_t batch, token, step, channel;
+    int rows, width;
+};
+
+template <class R>
+INLINE Rows<R> rows_of(const Tensor& x, const Tile& tile) {
+    R* data = static_cast<R*>(x.data) + tile.batch * x.batch_stride + tile.token * x.token_stride + tile.channel;
+    return {data, tile.step * x.token_stride};
+}
+
+template <class R>
+INLINE void copy_rows(Rows<R> from, Rows<R> to, const Tile& tile) {
+    for (int i = 0; i < tile.rows; i++) memcpy(to[i], from[i], tile.width * sizeof(R));
+}
+
+// Read access to a tile in whole vectors: in place, or through `buffer` (zeros beyond the width) where the channels end
+// within a vector.
+template <class R>
+INLINE Rows<R> readable(const Tensor& x, const Tile& tile, R* buffer) {
+    const Rows<R> rows = rows_of<R>(x, tile), copy = {buffer, BLOCK<R>};
+    if (tile.width % LANES<R> == 0) return rows;
+    copy_rows(rows, copy, tile);
+    return copy;
+}
+
+// Write access likewise; `finish` must follow.
+template <class R>
+INLINE Rows<R> writable(const Tensor& x, const Tile& tile, R* buffer) {
+    return tile.width % LANES<R> == 0 ? rows_of<R>(x, tile) : Rows<R>{buffer, BLOCK<R>};
+}
+
+template <class R>
+INLINE void finish(const Tensor& x, const Tile& tile, Rows<R> rows) {
+    if (tile.width % LANES<R>) copy_rows(rows, rows_of<R>(x, tile), tile);
+}
+
+// The rows of B or C that a tile meets.
+template <class R>
+INLINE Rows<R> states_of(const Tensor& x, const Tile& tile, int64_t group) {
+    R* data = static_cast<R*>(x.data) + tile.batch * x.batch_stride + tile.token * x.token_stride;
+    return {data + group * x.group_stride, tile.step * x.token_stride};
+}
+
+// Memory of one block: what does not fit in registers.
+template <class R>
+struct Scratch {
+    typedef R Block[BLOCK<R>];
+    typedef R TileBuffer[STRIDE * BLOCK<R>];
+    TileBuffer dt, dtu, y, buffers[8];
+    TileBuffer dy, du, slope, g_B, g_decay;
+    Block D, bias, dD, dbias, first;
+    // one vector's decays and states before each token; products whose sums over lanes are dB and dC
+    R decay[STRIDE * MAX_STATES_BACKWARD * LANES<R>], before[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
+    R dB[STRIDE * MAX_STATES_BACKWARD * LANES<R>], dC[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
+    R sums[STRIDE * MAX_STATES_BACKWARD];
+    R per_state[];  // A * log2(e), h, and for the backward pass g and dA: (N, BLOCK) each
+
+    static int64_t bytes(int64_t d_state) { return sizeof(Scratch) + 4 * d_state * sizeof(Block); }
+    R* A() { return per_state; }
+    R* h(int64_t d_state) { return per_state + d_state * BLOCK<R>; }
+    R* g(int64_t d_state) { return per_state + 2 * d_state * BLOCK<R>; }
+    R* dA(int64_t d_state) { return per_state + 3 * d_state * BLOCK<R>; }
+};
+
+// The blocks of one group of channels.
+struct Blocks {
+    int64_t group_channels, per_group;
+    template <class R>
+    static Blocks of(const Scan& s) {
+        const int64_t channels = s.channels / s.groups;
+        return {channels, (channels + BLOCK<R> - 1) / BLOCK<R>};
+    }
+};
+
+template <class R>
+INLINE Tile tile_of(const Scan& s, const Direction& d, int64_t batch, int64_t channel, int width, int64_t start) {
+    const int rows = s.length - start < STRIDE ? s.length - start : STRIDE;
+    return {batch, d.reverse ? s.length - 1 - start : start, d.reverse ? -1 : 1, channel, rows, width};
+}
+
+template <class R>
+INLINE void load_parameters(const Scan& s, const Direction& d, int64_t channel, int width, Scratch<R>* m) {
+    const R* A = static_cast<const R*>(d.A) + channel * s.d_state;
+    for (int64_t n = 0; n < s.d_state; n++)
+        for (int c = 0; c < BLOCK<R>; c++) m->A()[n * BLOCK<R> + c] = c < width ? A[c * s.d_state + n] * R(LOG2E) : 0;
+    for (int c = 0; c < BLOCK<R>; c++) {
+        m->D[c] = d.D && c < width ? static_cast<const R*>(d.D)[channel + c] : 0;
+        m->bias[c] = d.bias && c < width ? static_cast<const R*>(d.bias)[channel + c] : 0;
+    }
+}
+
+// Runs `call<K>(n)` for states n to n + K, with K a power of two of at most MAX.
+template <int MAX, class F>
+INLINE void for_states(int64_t n, int64_t d_state, F f) {
+    for (; n + MAX <= d_state; n += MAX) f.template operator()<MAX>(n);
+    if constexpr (MAX > 1) for_states<MAX / 2>(n, d_state, f);
+}
+
+// One vector of channels and K of its states through a tile: y += C . h
+template <class R, int K, bool MASK>
+INLINE void advance(
+        int rows, const R* A, R* h_memory, const R* dt, const R* dtu, Rows<R> B, Rows<R> C, R* y) {
+    Vec<R> h[K];
+    for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
+    for (int i = 0; i < rows; i++) {
+        const Vec<R> step = load(dt + i * BLOCK<R>), input = load(dtu + i * BLOCK<R>);
+        const R *Bi = B[i], *Ci = C[i];
+        Vec<R> even = load(y + i * BLOCK<R>), odd = {};
+#pragma GCC unroll 16
+        for (int n = 0; n < K; n++) {
+            const Vec<R> decayed = exp2(step * load(A + n * BLOCK<R>)) * h[n];
+            h[n] = decayed + input * Bi[n];
+            (n % 2 ? odd : even) += (MASK ? decayed : h[n]) * Ci[n];
+        }
+        store(y + i * BLOCK<R>, even + odd);
+    }
+    for (int n = 0; n < K; n++) store(h_memory + n * BLOCK<R>, h[n]);
+}
+
+template <class R, bool MASK>
+struct Advance {
+    Scratch<R>* m;
+    int64_t d_state;
+    int rows, width;
+    Rows<R> B, C;
+    template <int K>
+    INLINE_MEMBER void operator()(int64_t n) const {
+        R *A = m->A() + n * BLOCK<R>, *h = m->h(d_state) + n * BLOCK<R>;
+        const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
+        for (int v = 0; v < width; v += LANES<R>)
+            advance<R, K, MASK>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
+    }
+};
+
+// One direction of one block. Its outputs are added to those of the directions before it; the last one applies the gate.
+template <class R>
+static void forward_direction(
+        const Scan& s, int index, int64_t batch, int64_t group, int64_t channel, int width, Scratch<R>* m) {
+    constexpr int W = LANES<R>;
+    const Direction& d = s.direction[index];
+    const bool last = index == s.directions - 1;
+    const Tensor& sum = s.y.data ? s.y : s.out;
+    R* h = m->h(s.d_state);
+    load_parameters(s, d, channel, width, m);
+    memset(h, 0, s.d_state * sizeof(typename Scratch<R>::Block));
+    for (int64_t start = 0; start < s.length; start += STRIDE) {
+        const Tile tile = tile_of<R>(s, d, batch, channel, width, start);
+        const Rows<R> u = readable(d.u, tile, m->buffers[0]), delta = readable(d.delta, tile, m->buffers[1]);
+        if (s.residual && start == 0)
+            for (int64_t n = 0; n < s.d_state; n++) memcpy(h + n * BLOCK<R>, u[0], width * sizeof(R));
+        if (d.states) {
+            const int64_t chunk = batch * ((s.length + STRIDE - 1) / STRIDE) + start / STRIDE;
+            R* to = static_cast<R*>(d.states) + chunk * s.d_state * s.channels + channel;
+            for (int64_t n = 0; n < s.d_state; n++)
+                memcpy(to + n * s.channels, h + n * BLOCK<R>, width * sizeof(R));
+        }
+        const Rows<R> before = index ? readable(sum, tile, m->buffers[2]) : Rows<R>{};
+        for (int i = 0; i < tile.rows; i++) {
+            for (int v = 0; v < width; v += W) {
+                const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
+                const Vec<R> dt = s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x;
+                const Vec<R> skip = load(m->D + v) * ui;
+                store(m->dt + i * BLOCK<R> + v, dt);
+                store(m->dtu + i * BLOCK<R> + v, dt * ui);
+                store(m->y + i * BLOCK<R> + v, index ? skip + load(before[i] + v) : skip);
+            }
+        }
+        const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
+        if (d.mask_diagonal) {
+            memcpy(m->first, m->y, sizeof(m->first));
+            for_states<MAX_STATES>(0, s.d_state, Advance<R, true>{m, s.d_state, tile.rows, width, B, C});
+            if (start == 0) memcpy(m->y, m->first, sizeof(m->first));
+        } else {
+            for_states<MAX_STATES>(0, s.d_state, Advance<R, false>{m, s.d_state, tile.rows, width, B, C});
+        }
+        if (last && s.z.data) {
+            const Rows<R> z = readable(s.z, tile, m->buffers[3]);
+            const Rows<R> out = writable(s.out, tile, m->buffers[4]);
+            if (s.y.data) copy_rows(Rows<R>{m->y, BLOCK<R>}, rows_of<R>(s.y, tile), tile);
+            for (int i = 0; i < tile.rows; i++) {
+                for (int v = 0; v < width; v += W) {
+                    const Vec<R> gate = load(z[i] + v);
+                    store(out[i] + v, load(m->y + i * BLOCK<R> + v) * gate * sigmoid<R>(gate));
+                }
+            }
+            finish(s.out, tile, out);
+        } else {
+            copy_rows(Rows<R>{m->y, BLOCK<R>}, rows_of<R>(sum, tile), tile);
+        }
+    }
+}
+
+template <class R>
+static int64_t forward_tasks(const Scan& s) {
+    return s.batch * s.groups * Blocks::of<R>(s).per_group;
+}
+
+template <class R>
+static void forward_task(const Scan& s, int64_t task, void* scratch) {
+    const Blocks blocks = Blocks::of<R>(s);
+    const int64_t block = task % blocks.per_group, group = task / blocks.per_group % s.groups;
+    const int64_t batch = task / blocks.per_group / s.groups, left = blocks.group_channels - block * BLOCK<R>;
+    const int width = left < BLOCK<R> ? left : BLOCK<R>;
+    for (int i = 0; i < s.directions; i++)
+        forward_direction<R>(
+            s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width,
+            static_cast<Scratch<R>*>(scratch));
+}
+
+// One vector of channels and K of its states through a tile and back.
+//
+// On the way there decays and states are computed anew, on the way back g = dL/dh follows
+// g_t = C_t dy_t + a_{t+1} g_{t+1}, where a g is what `g_memory` carries from tile to tile.
+template <class R, int K, bool MASK>
+INLINE void retreat(int rows, int v, bool first, const R* A, const R* h_memory, R* g_memory, R* dA_memory,
+                    Rows<R> B, Rows<R> C, Scratch<R>* m) {
+    constexpr int W = LANES<R>;
+    Vec<R> h[K];
+    for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
+    for (int i = 0; i < rows; i++) {
+        const Vec<R> step = load(m->dt + i * BLOCK<R> + v), input = load(m->dtu + i * BLOCK<R> + v);
+        const Vec<R> dy = load(m->dy + i * BLOCK<R> + v);
+        const R* Bi = B[i];
+#pragma GCC unroll 4
+        for (int n = 0; n < K; n++) {
+            const int at = (i * K + n) * W;
+            const Vec<R> decay = exp2(step * load(A + n * BLOCK<R>));
+            store(m->decay + at, decay);
+            store(m->before + at, h[n]);
+            const Vec<R> decayed = decay * h[n];
+            h[n] = decayed + input * Bi[n];
+            const Vec<R> product = dy * (MASK ? decayed : h[n]);
+            store(m->dC + at, first ? product : load(m->dC + at) + product);
+        }
+    }
+    Vec<R> g[K], dA[K];
+    for (int n = 0; n < K; n++) {
+        g[n] = load(g_memory + n * BLOCK<R>);
+        dA[n] = load(dA_memory + n * BLOCK<R>);
+    }
+    for (int i = rows - 1; i >= 0; i--) {
+        const Vec<R> step = load(m->dt + i * BLOCK<R> + v), input = load(m->dtu + i * BLOCK<R> + v);
+        const Vec<R> dy = load(m->dy + i * BLOCK<R> + v);
+        const R *Bi = B[i], *Ci = C[i];
+        Vec<R> g_B = load(m->g_B + i * BLOCK<R> + v), g_decay = load(m->g_decay + i * BLOCK<R> + v);
+#pragma GCC unroll 4
+        for (int n = 0; n < K; n++) {
+            const int at = (i * K + n) * W;
+            const Vec<R> g_state = g[n] + dy * Ci[n];
+            const Vec<R> g_own = MASK ? g[n] : g_state;  // a masked token's own contribution is seen by later ones only
+            g_B += g_own * Bi[n];
+            const Vec<R> product = g_own * input;
+            store(m->dB + at, first ? product : load(m->dB + at) + product);
+            g[n] = load(m->decay + at) * g_state;
+            const Vec<R> g_exponent = g[n] * load(m->before + at);
+            g_decay += g_exponent * load(A + n * BLOCK<R>);
+            dA[n] += g_exponent * step;
+        }
+        store(m->g_B + i * BLOCK<R> + v, g_B);
+        store(m->g_decay + i * BLOCK<R> + v, g_decay);
+    }
+    for (int n = 0; n < K; n++) {
+        store(g_memory + n * BLOCK<R>, g[n]);
+        store(dA_memory + n * BLOCK<R>, dA[n]);
+    }
+}
+
+template <class R, bool MASK>
+struct Retreat {
+    Scratch<R>* m;
+    int64_t d_state;
+    int rows, width;
+    Rows<R> B, C, dB, dC;
+    bool add;  // to dB and dC, which earlier blocks wrote
+    template <int K>
+    INLINE_MEMBER void operator()(int64_t n) const {
+        const int64_t at = n * BLOCK<R>;
+        const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
+        for (int v = 0; v < width; v += LANES<R>)
+            retreat<R, K, MASK>(rows, v, v == 0, m->A() + at + v, m->h(d_state) + at + v, m->g(d_state) + at + v,
+                                m->dA(d_state) + at + v, Bn, Cn, m);
+        reduce<K>(m->dB, dB, n);
+        reduce<K>(m->dC, dC, n);
+    }
+    template <int K>
+    INLINE_MEMBER void reduce(const R* products, Rows<R> to, int64_t n) const {
+        lane_sums(products, (rows * K + LANES<R> - 1) / LANES<R>, m->sums);
+        for (int i = 0; i < rows; i++)
+            for (int k = 0; k < K; k++) to[i][n + k] = add ? to[i][n + k] + m->sums[i * K + k] : m->sums[i * K + k];
+    }
+};
+
+template <class R>
+static void backward_direction(const Scan& s, int index, int64_t batch, int64_t group, int64_t channel, int width,
+                               int64_t part, bool add, Scratch<R>* m) {
+    constexpr int W = LANES<R>;
+    const Direction& d = s.direction[index];
+    const int64_t N = s.d_state;
+    load_parameters(s, d, channel, width, m);
+    memset(m->g(N), 0, 2 * N * sizeof(m->D));
+    memset(m->dD, 0, sizeof(m->dD));
+    memset(m->dbias, 0, sizeof(m->dbias));
+    for (int64_t start = (s.length - 1) / STRIDE * STRIDE; start >= 0; start -= STRIDE) {
+        const Tile tile = tile_of<R>(s, d, batch, channel, width, start);
+        const Rows<R> u = readable(d.u, tile, m->buffers[0]), delta = readable(d.delta, tile, m->buffers[1]);
+        const Rows<R> grad = readable(s.out, tile, m->buffers[2]);
+        const Rows<R> z = s.z.data ? readable(s.z, tile, m->buffers[3]) : Rows<R>{};
+        const bool gate_gradient = s.z.data && index == 0;
+        const Rows<R> y = gate_gradient ? readable(s.y, tile, m->buffers[4]) : Rows<R>{};
+        const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->buffers[5]) : Rows<R>{};
+        for (int i = 0; i < tile.rows; i++) {
+            for (int v = 0; v < width; v += W) {
+                const int at = i * BLOCK<R> + v;
+                const Vec<R> ui = load(u[i] + v);
+                Vec<R> dt = load(delta[i] + v) + load(m->bias + v), slope = splat(R(1));
+                if (s.softplus) {
+                    const Vec<R> e = exp_minus<R>(dt);
+                    slope = dt > splat(R(20)) ? slope : sigmoid<R>(dt, e);
+                    dt = softplus<R>(dt, e);
+                }
+                Vec<R> dy = load(grad[i] + v);
+                if (s.z.data) {
+                    const Vec<R> zi = load(z[i] + v), gate = sigmoid<R>(zi);
+                    if (gate_gradient) store(dz[i] + v, dy * load(y[i] + v) * gate * (R(1) + zi * (R(1) - gate)));
+                    dy *= zi * gate;
+                }
+                store(m->dt + at, dt);
+                store(m->dtu + at, dt * ui);
+                store(m->slope + at, slope);
+                store(m->dy + at, dy);
+                store(m->du + at, dy * load(m->D + v));
+                store(m->dD + v, load(m->dD + v) + dy * ui);
+                store(m->g_B + at, Vec<R>{});
+                store(m->g_decay + at, Vec<R>{});
+            }
+        }
+        if (gate_gradient) finish(s.dz, tile, dz);
+        const int64_t chunk = batch * ((s.length + STRIDE - 1) / STRIDE) + start / STRIDE;
+        const R* h = static_cast<const R*>(d.states) + chunk * N * s.channels + channel;
+        for (int64_t n = 0; n < N; n++) memcpy(m->h(N) + n * BLOCK<R>, h + n * s.channels, width * sizeof(R));
+        if (d.mask_diagonal && start == 0) memset(m->dy, 0, sizeof(m->first));
+        Tile part_tile = tile;
+        part_tile.batch += part * s.batch;
+        const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
+        const Rows<R> dB = states_of<R>(d.dB, part_tile, group), dC = states_of<R>(d.dC, part_tile, group);
+        if (d.mask_diagonal)
+            for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add});
+        else
+            for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add});
+        const Rows<R> du = writable(d.du, tile, m->buffers[6]), ddelta = writable(d.ddelta, tile, m->buffers[7]);
+        for (int i = 0; i < tile.rows; i++) {
+            for (int v = 0; v < width; v += W) {
+                const int at = i * BLOCK<R> + v;
+                const Vec<R> g_B = load(m->g_B + at), ui = load(u[i] + v);
+                const Vec<R> g_dt = load(m->g_decay + at) * R(LN2) + g_B * ui;
+                const Vec<R> g_delta = g_dt * load(m->slope + at);
+                store(ddelta[i] + v, g_delta);
+                store(m->dbias + v, load(m->dbias + v) + g_delta);
+                store(du[i] + v, load(m->du + at) + g_B * load(m->dt + at));
+            }
+        }
+        if (s.residual && start == 0)
+            for (int64_t n = 0; n < N; n++)
+                for (int c = 0; c < width; c++) du[0][c] += m->g(N)[n * BLOCK<R> + c];
+        finish(d.du, tile, du);
+        finish(d.ddelta, tile, ddelta);
+    }
+    R* to = static_cast<R*>(d.dparameters) + batch * (N + 2) * s.channels + channel;
+    for (int64_t n = 0; n < N; n++) memcpy(to + n * s.channels, m->dA(N) + n * BLOCK<R>, width * sizeof(R));
+    memcpy(to + N * s.channels, m->dD, width * sizeof(R));
+    memcpy(to + (N + 1) * s.channels, m->dbias, width * sizeof(R));
+}
+
+template <class R>
+static int64_t backward_tasks(const Scan& s) {
+    return s.batch * s.groups * s.parts;
+}
+
+// A part of the blocks of a group, which share one dB and one dC.
+template <class R>
+static void backward_task(const Scan& s, int64_t task, void* scratch) {
+    const Blocks blocks = Blocks::of<R>(s);
+    const int64_t part = task % s.parts, group = task / s.parts % s.groups, batch = task / s.parts / s.groups;
+    const int64_t first = blocks.per_group * part / s.parts, end = blocks.per_group * (part + 1) / s.parts;
+    for (int64_t block = first; block < end; block++) {
+        const int64_t left = blocks.group_channels - block * BLOCK<R>;
+        const int width = left < BLOCK<R> ? left : BLOCK<R>;
+        for (int i = 0; i < s.directions; i++)
+            backward_direction<R>(s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width, part,
+                                  block > first, static_cast<Scratch<R>*>(scratch));
+    }
+}
