@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from ..calls import STATE_STRIDE, ConvCall, ScanCall, acc_dtype
+from ..calls import ConvCall, ScanCall, acc_dtype
 
 _LIBRARY = next(iter(sorted(Path(__file__).parent.glob('_native*.so'))), None)
 _lib, _reason = None, 'its C++ library was not built when the package was installed (no C++ compiler?)'
