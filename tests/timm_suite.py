@@ -14,9 +14,11 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PATTERNS = ['videomamba_tiny_*', 'videomamba_small_*']
+DEFAULT_PATTERNS = ['videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*']
 # modules of isotropic families: their models are held to test_model_default_cfgs_non_std instead of the standard one
-ISOTROPIC = ['videomamba']
+ISOTROPIC = ['videomamba', 'vim']
+# timm's tests feed images; models that take clips have tests of their own
+CLIPS = re.compile(r'_f\d+_')
 # these need weights from the Hub; tests/test_pretrained.py does that against a server on this machine
 NEEDS_HUB = ('test_model_load_pretrained', 'test_model_features_pretrained', 'test_model_inference')
 
@@ -80,7 +82,7 @@ def main(argv) -> int:
         pytest_args = []
     modules = sorted({m.__name__.rpartition('.')[2] for m in vars(timm_ssm.models).values() if hasattr(m, '__file__')})
     every = timm.list_models(module=modules)
-    names = [n for n in every if any(fnmatch.fnmatch(n, p) for p in argv or DEFAULT_PATTERNS)]
+    names = [n for n in every if not CLIPS.search(n) and any(fnmatch.fnmatch(n, p) for p in argv or DEFAULT_PATTERNS)]
     if not names:
         raise SystemExit(f'timm_suite: no model matches {argv}; there are {", ".join(every)}')
 

@@ -11,7 +11,7 @@ from torch import nn
 import timm_ssm  # noqa: F401  registers the models
 from timm_ssm.models.videomamba import checkpoint_filter_fn
 
-from .utils import assert_close, check_fullsize, load_reference, released_shapes, synthetic_checkpoint
+from .utils import assert_close, check_fullsize, load_reference, record_blocks, released_shapes, synthetic_checkpoint
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_classes=7)
 
@@ -35,10 +35,7 @@ def reference_model():
 
 def test_reference_logits_and_activations():
     model, reference = reference_model()
-    got = {}
-    for i, block in enumerate(model.blocks):
-        block.mixer.register_forward_hook(lambda m, a, out, k=f'mid/layers.{i}.0': got.__setitem__(k, out))
-        block.register_forward_pre_hook(lambda m, a, k=f'mid/layers.{i}.1': got.__setitem__(k, a[0]))
+    got = record_blocks(model)
     model.patch_embed.register_forward_hook(
         lambda m, a, out: got.__setitem__('mid/patch_embed', out.flatten(1, 3)))
     with torch.no_grad():

@@ -31,6 +31,15 @@ def synthetic_checkpoint(model: str) -> Dict[str, torch.Tensor]:
     return {k: synthesize(k, s) for k, s in released_shapes()[model].items()}
 
 
+def record_blocks(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
+    """What `mid/layers.*` names in an isotropic model's reference, filled by the next forward pass."""
+    got = {}
+    for i, block in enumerate(model.blocks):
+        block.mixer.register_forward_hook(lambda m, a, out, k=f'mid/layers.{i}.0': got.__setitem__(k, out))
+        block.register_forward_pre_hook(lambda m, a, k=f'mid/layers.{i}.1': got.__setitem__(k, a[0]))
+    return got
+
+
 def check_fullsize(name: str, model: torch.nn.Module) -> None:
     """Compare a full-size model that holds `synthetic_checkpoint(name)` with the authors' code on the same values."""
     want = json.loads((FIXTURES / 'fullsize.json').read_text())[name]

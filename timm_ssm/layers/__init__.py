@@ -1,7 +1,7 @@
 """Mixers and blocks that several families share."""
 from .bimamba import BiMamba
 from .norm import RmsNorm
-from .patch_embed import PatchEmbed
+from .patch_embed import PatchEmbed, resample_patch_kernel
 from .ssm import CausalConv1d, DtProj, at_least_float32, init_dt, log_decay_init, state_decay
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     'at_least_float32',
     'init_dt',
     'log_decay_init',
+    'resample_patch_kernel',
     'state_decay',
 ]

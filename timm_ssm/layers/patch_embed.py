@@ -8,6 +8,12 @@ from torch import _assert, nn
 Size2 = Union[int, Tuple[int, int]]
 
 
+def resample_patch_kernel(kernel: torch.Tensor, patch_size: Tuple[int, int]) -> torch.Tensor:
+    """A patch embedding's kernel (..., h, w), of images or clips, for another patch size (FlexiViT's resampling)."""
+    frames = kernel.flatten(1, -3)  # a clip's kernel holds one image kernel a frame
+    return resample_patch_embed(frames, list(patch_size)).reshape(*kernel.shape[:-2], *patch_size)
+
+
 class PatchEmbed(nn.Module):
     """Images or clips to a grid of tokens by one convolution.
 
@@ -82,8 +88,7 @@ class PatchEmbed(nn.Module):
             self.proj = self._conv(
                 old.in_channels, old.out_channels, device=old.weight.device, dtype=old.weight.dtype)
             with torch.no_grad():
-                frames = old.weight.flatten(1, -3)  # a clip's kernel holds one image kernel a frame
-                self.proj.weight.copy_(resample_patch_embed(frames, list(self.patch_size)).view_as(self.proj.weight))
+                self.proj.weight.copy_(resample_patch_kernel(old.weight, self.patch_size))
                 self.proj.bias.copy_(old.bias)
             for new_p, old_p in zip(self.proj.parameters(), old.parameters()):
                 new_p.requires_grad_(old_p.requires_grad)

@@ -9,7 +9,7 @@ from the paper; parameter values are those of the authors' checkpoints, names fo
 """
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,22 +18,25 @@ from timm.layers import (
     calculate_drop_path_rates,
     global_pool_nlc,
     resample_abs_pos_embed,
-    resample_patch_embed,
+    to_ntuple,
     trunc_normal_,
 )
 from timm.models import (
+    adapt_input_conv,
     checkpoint,
     checkpoint_seq,
     generate_default_cfgs,
     named_apply,
     register_model,
+    register_model_deprecations,
 )
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.nn import functional as F
 
-from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32
+from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
 from ._builder import build_model_with_cfg
-from ._checkpoints import check_fits, unwrap_state_dict
+from ._checkpoints import StateDict, check_fits, unwrap_state_dict
 from ._timm import update_model_input_size
 
 __all__ = ['VideoMamba']
@@ -84,6 +87,8 @@ class VideoMamba(nn.Module):
             d_state: int = 16,
             d_conv: int = 4,
             expand: int = 2,
+            block_fn: Union[Callable[..., nn.Module], Sequence[Callable[..., nn.Module]]] = MambaBlock,
+            norm_layer: Type[nn.Module] = RmsNorm,
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -107,6 +112,8 @@ class VideoMamba(nn.Module):
             d_state: States of a scanned channel.
             d_conv: Taps of the mixer's convolution.
             expand: Scanned channels over embed_dim.
+            block_fn: Constructor of the blocks, or one for each.
+            norm_layer: Normalisation, before every mixer and after the last block.
             drop_rate: Dropout before the head.
             pos_drop_rate: Dropout after the position embedding.
             drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first.
@@ -117,8 +124,7 @@ class VideoMamba(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         _check_pool(global_pool)
-        if weight_init not in ('', 'mamba', 'skip'):
-            raise ValueError(f"weight_init: got {weight_init!r}, needs '', 'mamba' or 'skip'")
+        check_weight_init(weight_init)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -150,19 +156,20 @@ class VideoMamba(nn.Module):
 
         dpr = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*[
-            MambaBlock(
+            fn(
                 embed_dim,
+                norm_layer=norm_layer,
                 drop_path=dpr[i],
                 d_state=d_state,
                 d_conv=d_conv,
                 expand=expand,
                 **dd,
             )
-            for i in range(depth)])
+            for i, fn in enumerate(to_ntuple(depth)(block_fn))])
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
-        self.norm = RmsNorm(embed_dim, eps=1e-5, **dd)
+        self.norm = norm_layer(embed_dim, eps=1e-5, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
@@ -178,7 +185,8 @@ class VideoMamba(nn.Module):
             needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
         """
         mode = mode or self.weight_init_mode
-        trunc_normal_(self.pos_embed, std=.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=.02)
         nn.init.zeros_(self.cls_token)
         if self.temporal_pos_embed is not None:
             nn.init.zeros_(self.temporal_pos_embed)
@@ -221,7 +229,7 @@ class VideoMamba(nn.Module):
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
-        dd = {'device': self.pos_embed.device, 'dtype': self.pos_embed.dtype}
+        dd = {'device': self.cls_token.device, 'dtype': self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
@@ -238,22 +246,30 @@ class VideoMamba(nn.Module):
         """
         old_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
-        if self.patch_embed.grid_size != old_size:
+        if self.patch_embed.grid_size != old_size and self.pos_embed is not None:
             with torch.no_grad():
-                pos_embed = resample_abs_pos_embed(
-                    self.pos_embed, list(self.patch_embed.grid_size), list(old_size), self.num_prefix_tokens)
+                pos_embed = self._resample_pos_embed(
+                    self.pos_embed, list(self.patch_embed.grid_size), list(old_size))
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _resample_pos_embed(
+            self,
+            pos_embed: torch.Tensor,
+            new_size: List[int],
+            old_size: List[int],
+    ) -> torch.Tensor:
+        """The position embedding for another grid of patches."""
+        return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=1)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T, H, W, C) to the sequence (B, 1 + T H W, C), embeddings added."""
         pos_embed = self.pos_embed
         if self.dynamic_img_size:
-            pos_embed = resample_abs_pos_embed(
+            pos_embed = self._resample_pos_embed(
                 pos_embed,
-                new_size=[x.shape[2], x.shape[3]],
-                old_size=[self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
-                num_prefix_tokens=1,
+                [x.shape[2], x.shape[3]],
+                [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
             )
         x = x.flatten(2, 3) + pos_embed[:, None, 1:]
         if self.temporal_pos_embed is not None:
@@ -261,6 +277,14 @@ class VideoMamba(nn.Module):
         cls_token = self.cls_token + pos_embed[:, :1]
         x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
         return self.pos_drop(at_least_float32(x))
+
+    def _arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """Class token and patches (B, 1 + T H W, C) to the order in which the blocks see them."""
+        return x
+
+    def _restore(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo `_arrange`."""
+        return x
 
     def forward_intermediates(
             self,
@@ -292,7 +316,7 @@ class VideoMamba(nn.Module):
 
         x = self.patch_embed(x)
         B, T, H, W, _ = x.shape
-        x = self._pos_embed(x)
+        x = self._arrange(self._pos_embed(x))
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
@@ -303,13 +327,14 @@ class VideoMamba(nn.Module):
             else:
                 x = blk(x)
             if i in take_indices:
-                intermediates.append((self.norm(x) if norm else x).to(self.pos_embed.dtype))
+                y = self._restore(x)
+                intermediates.append((self.norm(y) if norm else y).to(self.cls_token.dtype))
 
         prefix_tokens = [y[:, :1] for y in intermediates]
         intermediates = [y[:, 1:] for y in intermediates]
         if output_fmt == 'NCHW':
             intermediates = [y.reshape(B, T, H, W, -1).permute(0, 4, 1, 2, 3) for y in intermediates]
-            if self.temporal_pos_embed is None:
+            if not self.patch_embed.is_clip:
                 intermediates = [y.squeeze(2) for y in intermediates]
             intermediates = [y.contiguous() for y in intermediates]
         if not torch.jit.is_scripting() and return_prefix_tokens:
@@ -317,7 +342,7 @@ class VideoMamba(nn.Module):
             intermediates = list(zip(intermediates, prefix_tokens))
         if intermediates_only:
             return intermediates
-        return self.norm(x).to(self.pos_embed.dtype), intermediates
+        return self.norm(self._restore(x)).to(self.cls_token.dtype), intermediates
 
     def prune_intermediate_layers(
             self,
@@ -337,12 +362,12 @@ class VideoMamba(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images or clips to normed tokens (B, 1 + T H W, C), the class token first."""
         x = self.patch_embed(x)
-        x = self._pos_embed(x)
+        x = self._arrange(self._pos_embed(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        return self.norm(x).to(self.pos_embed.dtype)
+        return self.norm(self._restore(x)).to(self.cls_token.dtype)
 
     def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
         """Pool tokens (B, L, C) to (B, C), unless the pooling is ''."""
@@ -369,6 +394,12 @@ def _check_pool(global_pool: str) -> None:
         raise ValueError(f"global_pool: got {global_pool!r}, needs '', 'token', 'avg', 'max' or 'avgmax'")
 
 
+def check_weight_init(weight_init: str) -> None:
+    """Refuse an unknown initialisation."""
+    if weight_init not in ('', 'mamba', 'skip'):
+        raise ValueError(f"weight_init: got {weight_init!r}, needs '', 'mamba' or 'skip'")
+
+
 def _init_weights(module: nn.Module, name: str, depth: int, mamba_dt: bool, needs_reset: bool) -> None:
     """The authors' initialisation; children come before their parents."""
     if needs_reset and hasattr(module, 'reset_parameters'):
@@ -386,32 +417,96 @@ def _init_weights(module: nn.Module, name: str, depth: int, mamba_dt: bool, need
         module.init_dt()
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VideoMamba) -> Dict[str, torch.Tensor]:
-    """The authors' or our own checkpoint to this model's names, resampled to its patch and input size."""
-    state_dict = unwrap_state_dict(state_dict)
+def rename_authors(state_dict: StateDict) -> StateDict:
+    """The authors' checkpoint or our own under our names."""
+    names = {'layers.': 'blocks.', 'norm_f.': 'norm.', 'temporal_pos_embedding': 'temporal_pos_embed'}
     out = {}
-    for k, v in state_dict.items():
-        if k.startswith('layers.'):
-            k = k.replace('layers.', 'blocks.', 1)
-        elif k.startswith('norm_f.'):
-            k = k.replace('norm_f.', 'norm.', 1)
-        elif k == 'temporal_pos_embedding':
-            k = 'temporal_pos_embed'
-        if k == 'patch_embed.proj.weight' and v.ndim == 4 and v.shape[-2:] != model.patch_embed.patch_size:
-            v = resample_patch_embed(v, list(model.patch_embed.patch_size))
-        elif k == 'pos_embed' and v.shape[1] != model.pos_embed.shape[1]:
-            v = resample_abs_pos_embed(v, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=1)
+    for k, v in unwrap_state_dict(state_dict).items():
+        for old, new in names.items():
+            if k.startswith(old):
+                k = k.replace(old, new, 1)
         out[k] = v
+    return out
+
+
+def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) -> bool:
+    """Fit a checkpoint's patch kernel to the model's patch size and tubelet, in place.
+
+    Args:
+        state_dict: Checkpoint under our names.
+        model: Model to load it into.
+        inflation: How the kernel of an image model becomes a tubelet's: 'center' puts it on the middle frame, 'mean'
+            on all frames, divided by their number.
+
+    Returns:
+        Whether an image checkpoint has become one of a clip model, whose head is then the model's own: the classes
+        of clips are other ones.
+
+    Raises:
+        ValueError: inflation is unknown, or the checkpoint is of clips and the model is not.
+    """
+    if inflation not in ('center', 'mean'):
+        raise ValueError(f"inflation: got {inflation!r}, needs 'center' or 'mean'")
+    kernel = state_dict.get('patch_embed.proj.weight')
+    embed = model.patch_embed
+    if kernel is None or kernel.ndim not in (4, 5):
+        return False  # another model's checkpoint, which `check_fits` refuses
+    if kernel.ndim == 5 and not embed.is_clip:
+        raise ValueError('checkpoint: it is of a clip model; build the model with num_frames above 1')
+    kernel = resample_patch_kernel(kernel, embed.patch_size)
+    from_image = kernel.ndim == 4 and embed.is_clip
+    if from_image:
+        kernel = kernel.unsqueeze(2)
+    if embed.is_clip:
+        tubelet = embed.tubelet_size
+        if kernel.shape[2] == 1 and tubelet > 1:
+            weights = kernel.new_full((tubelet,), 1. / tubelet)
+            if inflation == 'center':
+                weights = F.one_hot(torch.tensor(tubelet // 2), tubelet).to(kernel)
+            kernel = kernel * weights[:, None, None]
+        if kernel.shape[1] != model.in_chans:  # timm itself adapts kernels of images only
+            kernel = adapt_input_conv(model.in_chans, kernel.flatten(3)).reshape(
+                kernel.shape[0], model.in_chans, *kernel.shape[2:])
+    state_dict['patch_embed.proj.weight'] = kernel
+    if from_image:
+        for k in [k for k in state_dict if k.startswith('head.')]:
+            del state_dict[k]
+        state_dict.update({f'head.{k}': v for k, v in model.head.state_dict().items()})
+    return from_image
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: VideoMamba, inflation: str = 'center') -> StateDict:
+    """The authors' or our own checkpoint to this model's names, patch size, input size and frame count.
+
+    A clip model takes the weights of an image model too: its temporal embedding is then zero and its head new.
+
+    Args:
+        state_dict: Checkpoint.
+        model: Model to load it into.
+        inflation: As in `adapt_patch_embed`.
+    """
+    out = rename_authors(state_dict)
+    adapt_patch_embed(out, model, inflation)
+    pos_embed = out.get('pos_embed')
+    if pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
+        out['pos_embed'] = resample_abs_pos_embed(pos_embed, list(model.patch_embed.grid_size), num_prefix_tokens=1)
+    if model.temporal_pos_embed is not None:
+        temporal = out.get('temporal_pos_embed', torch.zeros_like(model.temporal_pos_embed))
+        if temporal.shape[1] != model.temporal_pos_embed.shape[1]:
+            temporal = F.interpolate(
+                temporal.mT.float(), size=model.temporal_pos_embed.shape[1], mode='linear').mT.to(temporal)
+        out['temporal_pos_embed'] = temporal
     return check_fits(out, model, adaptable=('head.', 'patch_embed.proj.'))
 
 
 def _create_videomamba(variant: str, pretrained: bool = False, **kwargs) -> VideoMamba:
     out_indices = kwargs.pop('out_indices', 3)
+    inflation = kwargs.pop('inflation', 'center')
     return build_model_with_cfg(
         VideoMamba,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, inflation=inflation),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
@@ -439,6 +534,18 @@ def _image_cfg(size: str, img_size: int, trained_at: str) -> Dict[str, Any]:
     )
 
 
+def _clip_cfg(size: str, dataset: str, num_frames: int, trained_at: str = '224') -> Dict[str, Any]:
+    img_size = int(trained_at.rpartition('to')[2])
+    return _cfg(
+        hf_hub_id='OpenGVLab/VideoMamba',
+        hf_hub_filename=f'videomamba_{size}16_{dataset}_f{num_frames}_res{trained_at}.pth',
+        num_classes={'k400': 400, 'ssv2': 174, 'breakfast': 10}[dataset.partition('_')[0]],
+        input_size=(3, img_size, img_size),
+        crop_pct=1.0, interpolation='bilinear',
+        first_conv=None,  # a Conv3d, which timm does not adapt to other input channels: the checkpoint filter does
+    )
+
+
 default_cfgs = generate_default_cfgs({
     'videomamba_tiny_patch16_224.in1k': _image_cfg('t', 224, '224'),
     'videomamba_tiny_patch16_448.in1k': _image_cfg('t', 448, '224to448'),
@@ -450,6 +557,49 @@ default_cfgs = generate_default_cfgs({
     'videomamba_middle_patch16_448.in1k': _image_cfg('m', 448, '224to448'),
     'videomamba_middle_patch16_576.in1k': _image_cfg('m', 576, '224to448to576'),
     'videomamba_base_patch16_224.in1k': _image_cfg('b', 224, '224'),
+
+    'videomamba_tiny_patch16_f8_224.k400': _clip_cfg('t', 'k400', 8),
+    'videomamba_tiny_patch16_f8_224.ssv2': _clip_cfg('t', 'ssv2', 8),
+    'videomamba_tiny_patch16_f16_224.k400': _clip_cfg('t', 'k400', 16),
+    'videomamba_tiny_patch16_f16_224.ssv2': _clip_cfg('t', 'ssv2', 16),
+    'videomamba_tiny_patch16_f32_224.k400': _clip_cfg('t', 'k400', 32),
+    'videomamba_tiny_patch16_f32_224.breakfast': _clip_cfg('t', 'breakfast', 32),
+    'videomamba_tiny_patch16_f64_224.k400': _clip_cfg('t', 'k400', 64),
+    'videomamba_tiny_patch16_f64_224.breakfast': _clip_cfg('t', 'breakfast', 64),
+    'videomamba_tiny_patch16_f64_384.k400': _clip_cfg('t', 'k400', 64, '224to384'),
+    'videomamba_tiny_patch16_f16_288.ssv2': _clip_cfg('t', 'ssv2', 16, '224to288'),
+
+    'videomamba_small_patch16_f8_224.k400': _clip_cfg('s', 'k400', 8),
+    'videomamba_small_patch16_f8_224.ssv2': _clip_cfg('s', 'ssv2', 8),
+    'videomamba_small_patch16_f16_224.k400': _clip_cfg('s', 'k400', 16),
+    'videomamba_small_patch16_f16_224.ssv2': _clip_cfg('s', 'ssv2', 16),
+    'videomamba_small_patch16_f32_224.k400': _clip_cfg('s', 'k400', 32),
+    'videomamba_small_patch16_f32_224.breakfast': _clip_cfg('s', 'breakfast', 32),
+    'videomamba_small_patch16_f64_224.k400': _clip_cfg('s', 'k400', 64),
+    'videomamba_small_patch16_f64_224.breakfast': _clip_cfg('s', 'breakfast', 64),
+    'videomamba_small_patch16_f64_384.k400': _clip_cfg('s', 'k400', 64, '224to384'),
+    'videomamba_small_patch16_f16_288.ssv2': _clip_cfg('s', 'ssv2', 16, '224to288'),
+
+    'videomamba_middle_patch16_f8_224.k400': _clip_cfg('m', 'k400', 8),
+    'videomamba_middle_patch16_f8_224.k400_mask_ft': _clip_cfg('m', 'k400_mask_ft', 8),
+    'videomamba_middle_patch16_f8_224.ssv2': _clip_cfg('m', 'ssv2', 8),
+    'videomamba_middle_patch16_f8_224.ssv2_mask_ft': _clip_cfg('m', 'ssv2_mask_ft', 8),
+    'videomamba_middle_patch16_f16_224.k400': _clip_cfg('m', 'k400', 16),
+    'videomamba_middle_patch16_f16_224.k400_mask_ft': _clip_cfg('m', 'k400_mask_ft', 16),
+    'videomamba_middle_patch16_f16_224.ssv2': _clip_cfg('m', 'ssv2', 16),
+    'videomamba_middle_patch16_f16_224.ssv2_mask_ft': _clip_cfg('m', 'ssv2_mask_ft', 16),
+    'videomamba_middle_patch16_f32_224.k400': _clip_cfg('m', 'k400', 32),
+    'videomamba_middle_patch16_f32_224.k400_mask_ft': _clip_cfg('m', 'k400_mask_ft', 32),
+    'videomamba_middle_patch16_f32_224.breakfast': _clip_cfg('m', 'breakfast', 32),
+    'videomamba_middle_patch16_f32_224.breakfast_mask_ft': _clip_cfg('m', 'breakfast_mask_ft', 32),
+    'videomamba_middle_patch16_f64_224.k400': _clip_cfg('m', 'k400', 64),
+    'videomamba_middle_patch16_f64_224.k400_mask_ft': _clip_cfg('m', 'k400_mask_ft', 64),
+    'videomamba_middle_patch16_f64_224.breakfast': _clip_cfg('m', 'breakfast', 64),
+    'videomamba_middle_patch16_f64_224.breakfast_mask_ft': _clip_cfg('m', 'breakfast_mask_ft', 64),
+    'videomamba_middle_patch16_f64_384.k400': _clip_cfg('m', 'k400', 64, '224to384'),
+    'videomamba_middle_patch16_f64_384.k400_mask_ft': _clip_cfg('m', 'k400_mask_ft', 64, '224to384'),
+    'videomamba_middle_patch16_f16_288.ssv2': _clip_cfg('m', 'ssv2', 16, '224to288'),
+    'videomamba_middle_patch16_f16_288.ssv2_mask_ft': _clip_cfg('m', 'ssv2_mask_ft', 16, '224to288'),
 })
 
 
@@ -521,3 +671,137 @@ def videomamba_base_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamb
     """VideoMamba-B, 98 M parameters; trained with self-distillation."""
     model_args = dict(embed_dim=768, depth=24)
     return _create_videomamba('videomamba_base_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f16_288(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 16 frames at 288."""
+    model_args = dict(img_size=288, num_frames=16, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f16_288', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f64_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 64 frames."""
+    model_args = dict(num_frames=64, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f64_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_tiny_patch16_f64_384(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-Ti for clips of 64 frames at 384."""
+    model_args = dict(img_size=384, num_frames=64, embed_dim=192, depth=24)
+    return _create_videomamba('videomamba_tiny_patch16_f64_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f16_288(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 16 frames at 288."""
+    model_args = dict(img_size=288, num_frames=16, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f16_288', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f64_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 64 frames."""
+    model_args = dict(num_frames=64, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f64_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_small_patch16_f64_384(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-S for clips of 64 frames at 384."""
+    model_args = dict(img_size=384, num_frames=64, embed_dim=384, depth=24)
+    return _create_videomamba('videomamba_small_patch16_f64_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f16_288(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 16 frames at 288."""
+    model_args = dict(img_size=288, num_frames=16, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f16_288', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f64_224(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 64 frames."""
+    model_args = dict(num_frames=64, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f64_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomamba_middle_patch16_f64_384(pretrained: bool = False, **kwargs) -> VideoMamba:
+    """VideoMamba-M for clips of 64 frames at 384."""
+    model_args = dict(img_size=384, num_frames=64, embed_dim=576, depth=32)
+    return _create_videomamba('videomamba_middle_patch16_f64_384', pretrained, **dict(model_args, **kwargs))
+
+
+register_model_deprecations(__name__, {
+    'videomamba_tiny': 'videomamba_tiny_patch16_224',
+    'videomamba_small': 'videomamba_small_patch16_224',
+    'videomamba_middle': 'videomamba_middle_patch16_224',
+    'videomamba_base': 'videomamba_base_patch16_224',
+})
