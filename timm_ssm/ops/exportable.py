@@ -1,4 +1,4 @@
-"""The ops in PyTorch operators that TorchScript and both ONNX exporters know, without a loop over tokens."""
+"""The ops in PyTorch operators that both ONNX exporters know, without a loop over tokens."""
 from typing import List, Optional
 
 import torch

@@ -38,32 +38,35 @@ def selective_scan_naive(
         D: Optional[torch.Tensor] = None,
         z: Optional[torch.Tensor] = None,
         delta_bias: Optional[torch.Tensor] = None,
-        *,
         delta_softplus: bool = True,
         reverse: bool = False,
         residual: bool = False,
         mask_diagonal: bool = False,
 ) -> torch.Tensor:
-    """The selective scan, one token after the other; arguments and result as in `selective_scan`."""
+    """The selective scan, one token after the other; arguments and result as in `selective_scan`.
+
+    This is also what a scripted (TorchScript) model runs.
+    """
     dtype, acc = u.dtype, acc_dtype(u.dtype)
-    u, delta, A, B, C = (x.to(acc) for x in (u, delta, A, B, C))
+    u, delta, A, B, C = u.to(acc), delta.to(acc), A.to(acc), B.to(acc), C.to(acc)
     batch, length, channels = u.shape
     if B.ndim == 3:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
     # (B, L, G, N) -> (B, L, D, N): channel d reads group d // (D / G)
-    B, C = (x.repeat_interleave(channels // x.shape[2], dim=2) for x in (B, C))
+    B = B.repeat_interleave(channels // B.shape[2], dim=2)
+    C = C.repeat_interleave(channels // C.shape[2], dim=2)
 
     dt = delta if delta_bias is None else delta + delta_bias.to(acc)
     if delta_softplus:
         dt = F.softplus(dt, threshold=20.)
 
-    order = range(length - 1, -1, -1) if reverse else range(length)
-    h = u.new_zeros(batch, channels, A.shape[1])
-    ys: List[torch.Tensor] = [torch.empty(0)] * length
-    for i, t in enumerate(order):
+    h = torch.zeros(batch, channels, A.shape[1], dtype=acc, device=u.device)
+    ys: List[torch.Tensor] = []
+    for i in range(length):
+        t = length - 1 - i if reverse else i
         if i == 0 and residual:
             h = u[:, t, :, None].expand_as(h)
-        own = (dt[:, t] * u[:, t])[..., None] * B[:, t]
+        own = (dt[:, t] * u[:, t]).unsqueeze(-1) * B[:, t]
         h = torch.exp(dt[:, t, :, None] * A) * h + own
         if not mask_diagonal:
             seen = h
@@ -71,8 +74,10 @@ def selective_scan_naive(
             seen = h - own
         else:
             seen = torch.zeros_like(h)
-        ys[t] = (C[:, t] * seen).sum(-1)
-    y = torch.stack(ys, dim=1) if length else torch.zeros_like(u)
+        ys.append((C[:, t] * seen).sum(-1))
+    y = torch.stack(ys, dim=1) if length > 0 else torch.zeros_like(u)
+    if reverse:
+        y = y.flip(1)
     if D is not None:
         y = y + D.to(acc) * u
     if z is not None:

@@ -12,6 +12,7 @@ from .backends import choose
 from .calls import ScanCall, acc_dtype
 from .exportable import parallel_scan
 from .glue import below_autograd, exporting, needs_grad, refuse_second_derivative, run, to_autocast_dtype
+from .naive import selective_scan_naive
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
 
@@ -74,7 +75,7 @@ def selective_scan(  # no keyword-only arguments: TorchScript refuses them
         RuntimeError: The backend asked for cannot serve the call.
     """
     if torch.jit.is_scripting():
-        return parallel_scan(
+        return selective_scan_naive(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual, mask_diagonal)
     else:
         return _selective_scan(
@@ -108,13 +109,12 @@ def bidirectional_selective_scan(
     pair (forward, reverse), and that mask_diagonal concerns the reverse direction alone.
     """
     if torch.jit.is_scripting():
-        return parallel_scan(
+        y = selective_scan_naive(
             u[0], delta[0], A[0], B[0], C[0], None if D is None else D[0], z,
-            None if delta_bias is None else delta_bias[0], delta_softplus, False, residual, False,
-        ) + parallel_scan(
+            None if delta_bias is None else delta_bias[0], delta_softplus, False, residual, False)
+        return y + selective_scan_naive(
             u[1], delta[1], A[1], B[1], C[1], None if D is None else D[1], z,
-            None if delta_bias is None else delta_bias[1], delta_softplus, True, residual, mask_diagonal,
-        )
+            None if delta_bias is None else delta_bias[1], delta_softplus, True, residual, mask_diagonal)
     else:
         return _selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, [False, True], residual, [False, mask_diagonal],
