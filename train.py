@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import yaml
 from timm import utils
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import clean_state_dict, create_model, safe_model_name
@@ -44,7 +44,7 @@ from tqdm import tqdm
 import timm_ssm  # noqa: F401  registers the models
 from train_args import parse_args
 from train_files import Checkpoints, Summary, atomic_write
-from validate import evaluate, resolve_input, show_progress
+from validate import evaluate, resolve_data, resolve_input, show_progress
 
 _logger = logging.getLogger('train')
 
@@ -136,31 +136,39 @@ def create_datasets(args: argparse.Namespace, in_chans: int) -> Tuple[Any, Any]:
     val = create_dataset(
         args.dataset, split=args.val_split, num_samples=args.val_num_samples, **kwargs) if args.val_split else None
 
-    # where timm finds no folder of a split it takes the dataset's, and numbers classes by the folders it finds
+    # timm takes the whole of DATA where it finds no folder of a split, and numbers classes by the folders it finds
     readers = [getattr(dataset, 'reader', None) for dataset in (train, val) if dataset is not None]
     classes = [getattr(reader, 'class_to_idx', None) or {} for reader in readers]
     if len(classes[0]) > args.num_classes:
         sys.exit(f'--num-classes {args.num_classes}: the dataset has {len(classes[0])} classes')
-    if val is not None and args.train_split != args.val_split and not args.dataset:
-        if readers[0].root == readers[1].root:
-            sys.exit(f'--val-split {args.val_split}: no such folder in {args.data_dir}; --val-split "" goes without')
+    if val is not None and not args.dataset:
+        for reader, split in zip(readers, (args.train_split, args.val_split)):
+            if reader.root == args.data_dir:
+                sys.exit(f'there is no folder {split!r} in {args.data_dir}; without validation, give --val-split ""')
         if classes[0] != classes[1]:
             sys.exit(f'the splits have different classes: {sorted(set(classes[0]) ^ set(classes[1]))[:10]}')
     return train, val
 
 
 def create_loss(args: argparse.Namespace, soft_targets: bool) -> nn.Module:
-    """Mixup and cutmix make soft targets, with the label smoothing in them already."""
+    """The loss on logits, in float32 whatever the model runs in.
+
+    Mixup and cutmix make soft targets, with the label smoothing in them already.
+    """
     if args.bce_loss or args.loss == 'bce':
-        return BinaryCrossEntropy(
+        loss = BinaryCrossEntropy(
             smoothing=0. if soft_targets else args.smoothing,
             target_threshold=args.bce_target_thresh,
             sum_classes=args.bce_sum,
             pos_weight=args.bce_pos_weight,
         )
-    if soft_targets:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    elif soft_targets:
+        loss = SoftTargetCrossEntropy()
+    else:
+        loss = LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    # on the CPU, unlike on CUDA, autocast does not see to this
+    loss.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    return loss
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, device: torch.device):
@@ -340,7 +348,8 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
 
     # data
-    data_config = resolve_data_config(vars(args), model=model, verbose=primary)
+    data_config = resolve_data(args, model)
+    model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])  # teachers go by these
     dataset_train, dataset_eval = create_datasets(args, data_config['input_size'][0])
     soft_targets = bool(args.mixup or args.cutmix or args.cutmix_minmax)
     mixup_class = Mixup if args.no_prefetcher else FastCollateMixup

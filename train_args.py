@@ -28,6 +28,7 @@ LEFT_OUT = {
 def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage='%(prog)s [DATA] [--config FILE] [flags]',
         description='Train an image classifier.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -211,8 +212,11 @@ def parse_config(path: str) -> Dict[str, Any]:
     """Flags in a YAML file, checked and converted as on a command line."""
     parser = make_parser(prog=path)
     flags = {flag[2:].replace('-', '_') for action in parser._actions for flag in action.option_strings}
-    with open(path) as f:
-        config = yaml.safe_load(f) or {}
+    try:
+        with open(path) as f:
+            config = yaml.safe_load(f) or {}
+    except (OSError, yaml.YAMLError) as e:
+        parser.error(f'cannot be read: {e}')
     if not isinstance(config, dict):
         parser.error('the file must hold a mapping of flags to values')
     config = {str(key).replace('-', '_'): value for key, value in config.items()}
@@ -227,10 +231,10 @@ def parse_config(path: str) -> Dict[str, Any]:
     nulls, line = {}, []
     for key, value in config.items():
         flag = '--' + key.replace('_', '-')
-        if value is None:
-            nulls[key] = None
-        elif value is False or key in left_out and value == left_out[key]:
+        if value is False or key in left_out and value == left_out[key]:
             continue  # off, as every flag is that is not given
+        elif value is None:
+            nulls[key] = None
         elif value is True and key not in left_out and parser.get_default(key) is False:
             line.append(flag)
         elif isinstance(value, dict):
@@ -263,6 +267,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         args.eval_metric = 'loss'  # of training
     if args.sched == 'plateau':
         parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
+    if args.sched == 'none' and args.layer_decay is not None:
+        parser.error('--sched none: it is the schedule that applies --layer-decay; constant is one that never decays')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the run to look for')
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:

@@ -44,7 +44,10 @@ LEFT_OUT = (
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        usage='%(prog)s [DATA] [--model NAME ...] [--checkpoint PATH] [flags]',
+        description=__doc__.partition('\n')[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
     group = parser.add_argument_group('Dataset')
     add = group.add_argument
@@ -109,8 +112,8 @@ def refuse_left_out(parser: argparse.ArgumentParser, args: argparse.Namespace, f
     given = [f'--{flag}' for flag in flags if hasattr(args, flag.replace('-', '_'))]
     if given:
         parser.error(
-            f"{', '.join(given)}: left out of this script. timm's own script has it and runs with these models as "
-            f'`python -m timm_ssm {os.path.basename(sys.argv[0])} ...` (give the path of timm\'s file)')
+            f"{', '.join(given)}: left out of this script. timm's script of the same name has it, and runs with these "
+            f'models as `python -m timm_ssm /path/to/timm/{os.path.basename(sys.argv[0])} ...`')
 
 
 def resolve_device(name: Optional[str]) -> str:
@@ -143,6 +146,17 @@ def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
         if cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault('img_size', tuple(size))
     return kwargs
+
+
+def resolve_data(args: argparse.Namespace, model: nn.Module, **kwargs) -> Dict[str, Any]:
+    """How to prepare images: timm's data config, with a mean and a deviation for each channel that there is."""
+    config = resolve_data_config(vars(args), model=model, **kwargs)
+    in_chans = config['input_size'][0]
+    for key in ('mean', 'std'):
+        values = config[key]
+        config[key] = tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+    _logger.info('Images: ' + ', '.join(f'{k} {v}' for k, v in config.items()))
+    return config
 
 
 def check_folder(path: Optional[str], dataset: str) -> None:
@@ -253,8 +267,8 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     param_count = sum(p.numel() for p in model.parameters())
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    _logger.info(f'{args.model}: {param_count:,} parameters, images {data_config["input_size"]}')
+    _logger.info(f'{args.model}: {param_count:,} parameters')
+    data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
 
     model.to(device)
     if args.channels_last:
