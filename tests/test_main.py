@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_train import torchrun
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = '''
 """A script that knows nothing of timm_ssm."""
@@ -52,8 +54,7 @@ def test_runs_a_script_as_python_does(tmp_path, script):
 
 
 def test_runs_under_torchrun(tmp_path, script):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
-    done = run(tmp_path, *torchrun, '-m', 'timm_ssm', script, 0)
+    done = run(tmp_path, *torchrun()[1:], '-m', 'timm_ssm', script, 0)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         facts = json.loads((tmp_path / f'facts{rank}.json').read_text())

@@ -3,6 +3,7 @@ import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -611,11 +612,20 @@ test_train.run(digits, tmp_path / 'nan', '--epochs', '1', '--lr', '1e30')
 '''
 
 
+def torchrun():
+    """The command line to run a script in two processes, on a port that is free."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    return [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1',
+        '--master-port', str(port)]
+
+
 def test_distributed(digits, tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     done = subprocess.run(
-        [*command, str(tmp_path / 'worker.py'), str(digits), str(tmp_path)],
+        [*torchrun(), str(tmp_path / 'worker.py'), str(digits), str(tmp_path)],
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.stderr.count('Training stopped: the loss is') == 1 and done.returncode != 0, done.stderr[-3000:]
 
