@@ -26,3 +26,22 @@ def hub(monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda seconds: sleep(min(seconds, .01)))
     _HUB.reset()
     return _HUB
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """scikit-learn's 8 x 8 digits as an image folder: 160 to train on, 16 of each digit, and 41 to validate on."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp('digits')
+    data = load_digits()
+    for digit in range(10):
+        images = data.images[data.target == digit]
+        splits = dict(train=images[:16], validation=images[16:21 if digit == 0 else 20])
+        for split, images in splits.items():
+            folder = root / split / f'class_{digit}'
+            folder.mkdir(parents=True)
+            for i, image in enumerate(images):
+                Image.fromarray((image * 15).astype('uint8')).save(folder / f'{i:02d}.png')
+    return root

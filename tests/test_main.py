@@ -1,0 +1,73 @@
+"""`python -m timm_ssm SCRIPT` runs a script as Python would, with the models registered."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import torchrun
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = '''
+"""A script that knows nothing of timm_ssm."""
+import json
+import os
+import sys
+
+import neighbour
+import timm
+
+if __name__ == '__main__':
+    facts = dict(argv=sys.argv, path=sys.path[0], file=__file__, neighbour=neighbour.VALUE, rank=os.environ.get('RANK'))
+    facts['has_model'] = timm.is_model('videomamba_tiny_patch16_224')
+    with open(f'facts{os.environ.get("RANK", "")}.json', 'w') as f:
+        json.dump(facts, f)
+    sys.exit(int(sys.argv[1]))
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    folder = tmp_path / 'scripts'
+    folder.mkdir()
+    (folder / 'neighbour.py').write_text('VALUE = 42')
+    (folder / 'script.py').write_text(SCRIPT)
+    return folder / 'script.py'
+
+
+def run(tmp_path, *command):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_runs_a_script_as_python_does(tmp_path, script):
+    facts = []
+    for command in ([script, 3, '--flag'], ['-m', 'timm_ssm', script, 3, '--flag']):
+        assert run(tmp_path, *command).returncode == 3
+        facts.append(json.loads((tmp_path / 'facts.json').read_text()))
+    assert [f.pop('has_model') for f in facts] == [False, True]
+    assert facts[0] == facts[1]
+    assert facts[1]['argv'] == [str(script), '3', '--flag'] and facts[1]['path'] == str(script.parent)
+
+
+def test_runs_under_torchrun(tmp_path, script):
+    done = run(tmp_path, *torchrun()[1:], '-m', 'timm_ssm', script, 0)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        facts = json.loads((tmp_path / f'facts{rank}.json').read_text())
+        assert facts['has_model'] and facts['rank'] == str(rank)
+
+
+def test_missing_script(tmp_path):
+    done = run(tmp_path, '-m', 'timm_ssm', 'nowhere.py', '--flag')
+    assert done.returncode == 1
+    assert done.stderr.strip() == "python -m timm_ssm: there is no script 'nowhere.py'"
+
+
+@pytest.mark.parametrize('flags, status', [([], 1), (['--help'], 0)])
+def test_usage(tmp_path, flags, status):
+    done = run(tmp_path, '-m', 'timm_ssm', *flags)
+    assert done.returncode == status and 'python -m timm_ssm SCRIPT' in done.stdout

@@ -1,0 +1,278 @@
+"""The flags of train.py: timm's names, meanings and defaults, on the command line or in a YAML file."""
+import argparse
+import difflib
+from typing import Any, Dict, List, Optional
+
+import yaml
+from timm import utils
+
+from validate import check_folder, refuse_left_out, resolve_device
+
+# Flags of timm's train.py that this script leaves out, with timm's defaults: a config file may hold these.
+LEFT_OUT = {
+    'task': 'classification', 'target-format': None, 'multilabel-threshold': 0.5, 'class-stats': None,
+    'loss-class-weight': None, 'loss-pos-weight': None, 'loss-weight-power': None, 'poly-epsilon': 2., 'poly-gamma': 0.,
+    'torchscript': False, 'fuser': '', 'device-modules': None, 'synchronize-step': False, 'local-rank': 0,
+    'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'model-dtype': None,
+    'aug-splits': 0, 'jsd-loss': False, 'split-bn': False, 'tta': 0, 'save-images': False,
+    'use-multi-epochs-loader': False, 'persistent-workers': True,
+    'train-img-sizes': None, 'train-batch-sizes': None, 'train-size-probs': None, 'train-size-schedule': 'constant',
+    'train-size-schedule-spread': 0.65, 'train-size-random-mix': 0.1, 'train-batches-per-epoch': None,
+    'variable-batch-loss-scale': 'none',
+    'naflex-loader': False, 'naflex-train-seq-lens': [128, 256, 576, 784, 1024], 'naflex-max-seq-len': 576,
+    'naflex-patch-sizes': None, 'naflex-patch-size-probs': None, 'naflex-loss-scale': 'linear',
+    'naflex-patchify-channels-first': False,
+}
+
+
+def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage='%(prog)s [DATA] [--config FILE] [flags]',
+        description='Train an image classifier.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    kwargs = dict(nargs='*', action=utils.ParseKwargs, default={}, metavar='K=V')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of flags; those on the command line win')
+
+    add = parser.add_argument_group('Dataset').add_argument
+    add('data', nargs='?', metavar='DATA', help='dataset folder (also as --data-dir)')
+    add('--data-dir', metavar='DIR', help='dataset folder')
+    add('--dataset', default='', metavar='NAME', help='reader and name, as hfds/NAME; empty for folders and tar files')
+    add('--train-split', default='train', metavar='NAME', help='split to train on')
+    add('--val-split', default='validation', metavar='NAME', help='split to validate on; empty for none')
+    add('--train-num-samples', type=int, metavar='N', help='training images, for iterable datasets')
+    add('--val-num-samples', type=int, metavar='N', help='validation images, for iterable datasets')
+    add('--dataset-download', action='store_true', help='download torch/ and tfds/ datasets')
+    add('--dataset-trust-remote-code', action='store_true', help='let a Hugging Face dataset run its own code')
+    add('--class-map', default='', metavar='FILE', help='text file that maps class names to indices')
+    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)')
+    add('--input-key', metavar='KEY', help='dataset key of the images')
+    add('--target-key', metavar='KEY', help='dataset key of the labels')
+    add('--epoch-repeats', type=float, default=0., metavar='N', help='passes in an epoch, for iterable datasets')
+
+    add = parser.add_argument_group('Model').add_argument
+    add('--model', default='resnet50', metavar='NAME', help='model')
+    add('--model-kwargs', help="the model's constructor arguments", **kwargs)
+    add('--pretrained', action='store_true', help='start from the released weights')
+    add('--pretrained-path', metavar='FILE', help='start from this file as if it held the released weights')
+    add('--pretrained-cfg-overlay', help='changes to the pretrained cfg', **kwargs)
+    add('--initial-checkpoint', default='', metavar='FILE', help='load this file into the finished model')
+    add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
+    add('--gp', metavar='POOL', help='global pooling')
+    add('--img-size', type=int, metavar='N', help='image size')
+    add('--in-chans', type=int, metavar='N', help='image channels')
+    add('--input-size', nargs=3, type=int, metavar='N', help='image size as channels height width')
+    add('--crop-pct', type=float, metavar='PCT', help='in validation, size of the centre crop over that of the image')
+    add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
+    add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
+    add('--interpolation', metavar='NAME', help='interpolation in validation')
+    add('--head-init-scale', type=float, metavar='SCALE', help="scale the classifier's initial weights")
+    add('--head-init-bias', type=float, metavar='BIAS', help="initial value of the classifier's bias")
+    add('--drop', type=float, default=0., metavar='RATE', help='dropout')
+    add('--drop-path', type=float, metavar='RATE', help='stochastic depth')
+    add('--drop-connect', type=float, metavar='RATE', help='old name of --drop-path')
+    add('--drop-block', type=float, metavar='RATE', help='drop block')
+    add('--bn-momentum', type=float, metavar='M', help='momentum of batch norms')
+    add('--bn-eps', type=float, metavar='EPS', help='epsilon of batch norms')
+    add('--sync-bn', action='store_true', help='synchronise batch norms over processes')
+    add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
+    add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
+    add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+
+    add = parser.add_argument_group('Device').add_argument
+    add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
+
+    add = parser.add_argument_group('Optimiser').add_argument
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch of one process')
+    add('-vb', '--validation-batch-size', type=int, metavar='N', help='batch size in validation')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches to an update')
+    add('--opt', default='sgd', metavar='NAME', help='optimiser')
+    add('--opt-eps', type=float, metavar='EPS', help='epsilon')
+    add('--opt-betas', type=float, nargs='+', metavar='BETA', help='betas')
+    add('--opt-kwargs', help='more arguments for the optimiser', **kwargs)
+    add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
+    add('--weight-decay', type=float, default=2e-5, metavar='WD', help='weight decay')
+    add('--clip-grad', type=float, metavar='NORM', help='clip gradients to this')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
+    add('--layer-decay', type=float, metavar='RATE', help='factor of the learning rate from a layer to the one below')
+    add('--layer-decay-min-scale', type=float, default=0., metavar='S', help='lower bound of the product of factors')
+    add('--layer-decay-no-opt-scale', type=float, metavar='S', help='freeze layers with a product below this')
+    add('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
+    add('--model-ema-decay', type=float, default=0.9998, metavar='RATE', help='its decay')
+    add('--model-ema-warmup', action='store_true', help='start its decay low')
+    add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU, without validating it')
+
+    add = parser.add_argument_group('Learning rate').add_argument
+    add('--lr', type=float, metavar='LR', help='learning rate; by --lr-base if not given')
+    add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate at a global batch of --lr-base-size')
+    add('--lr-base-size', type=int, default=256, metavar='N', help='global batch size of --lr-base')
+    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'), help='how it scales; empty: by optimiser')
+    add('--sched', default='cosine', metavar='NAME', help='schedule')
+    add('--sched-on-updates', action='store_true', help='step the schedule every update, not every epoch')
+    add('--epochs', type=int, default=300, metavar='N', help='epochs, without cool-down')
+    add('--stop-epoch', type=int, metavar='N', help='stop after N epochs of the schedule')
+    add('--start-epoch', type=int, metavar='N', help='start at this epoch of the schedule')
+    add('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
+    add('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate warm-up starts at')
+    add('--warmup-prefix', action='store_true', help='add the warm-up to --epochs')
+    add('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr after the schedule')
+    add('--min-lr', type=float, default=0., metavar='LR', help='lowest learning rate')
+    add('--decay-epochs', type=float, default=90, metavar='N', help='epochs between decays, or of decay (wsd, rsqrt)')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N', help='epochs to decay at')
+    add('--decay-rate', '--dr', type=float, default=0.1, metavar='RATE', help='factor of a decay')
+    add('--lr-decay-fn', metavar='NAME', help='shape of the decay (wsd, rsqrt)')
+    add('--lr-stable-timescale', type=float, metavar='N', help='time scale in epochs (rsqrt)')
+    add('--lr-cycle-mul', type=float, default=1., metavar='MULT', help='growth of cycles')
+    add('--lr-cycle-decay', type=float, default=0.5, metavar='MULT', help='decay from cycle to cycle')
+    add('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
+    add('--lr-k-decay', type=float, default=1., metavar='K', help='k-decay for cosine and poly')
+    add('--lr-noise', type=float, nargs='+', metavar='PCT', help='share of the schedule where noise is on')
+    add('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='limit of the noise')
+    add('--lr-noise-std', type=float, default=1., metavar='STD', help='standard deviation of the noise')
+    add('--patience-epochs', type=int, default=10, metavar='N', help=argparse.SUPPRESS)  # plateau only, see check_args
+
+    add = parser.add_argument_group('Augmentation and loss').add_argument
+    add('--no-aug', action='store_true', help='no augmentation at all')
+    add('--train-crop-mode', metavar='MODE', help='crop mode')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.], metavar='PCT', help='area of random crops')
+    add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='RATIO', help='aspect ratio of random crops')
+    add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    add('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
+    add('--color-jitter', type=float, default=0.4, metavar='PCT', help='strength of colour jitter')
+    add('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter')
+    add('--grayscale-prob', type=float, metavar='P', help='probability of greyscale')
+    add('--gaussian-blur-prob', type=float, metavar='P', help='probability of blur')
+    add('--aa', metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy')
+    add('--aug-repeats', type=float, default=0, metavar='N', help='repeats of an image in a distributed batch')
+    add('--train-interpolation', default='random', metavar='NAME', help='interpolation')
+    add('--reprob', type=float, default=0., metavar='P', help='probability of random erasing')
+    add('--remode', default='pixel', metavar='MODE', help='random erasing with const, rand or pixel')
+    add('--recount', type=int, default=1, metavar='N', help='areas to erase')
+    add('--resplit', action='store_true', help='erase in the second half of a batch only')
+    add('--mixup', type=float, default=0., metavar='ALPHA', help='alpha of mixup')
+    add('--cutmix', type=float, default=0., metavar='ALPHA', help='alpha of cutmix')
+    add('--cutmix-minmax', type=float, nargs='+', metavar='PCT', help='least and largest share for cutmix')
+    add('--mixup-prob', type=float, default=1., metavar='P', help='probability of mixup or cutmix')
+    add('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='probability of cutmix when both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem', 'half'), help='what shares mixup parameters')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N', help='epoch to turn mixup off at; 0 for never')
+    add('--smoothing', type=float, default=0.1, metavar='EPS', help='label smoothing')
+    add('--loss', choices=('ce', 'bce'), help='cross-entropy or binary cross-entropy')
+    add('--bce-loss', action='store_true', help='the same as --loss bce')
+    add('--bce-sum', action='store_true', help='sum it over classes')
+    add('--bce-target-thresh', type=float, metavar='T', help='threshold of soft targets')
+    add('--bce-pos-weight', type=float, metavar='W', help='weight of positives')
+
+    add = parser.add_argument_group('Distillation').add_argument
+    add('--kd-model-name', metavar='NAME', help='teacher, loaded with its released weights')
+    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what to learn from it')
+    add('--kd-loss-type', default='kl', choices=('kl',), help='loss on logits')
+    add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='loss on the distillation token')
+    add('--kd-temperature', type=float, default=4., metavar='T', help='temperature')
+    add('--kd-student-feature-dim', type=int, metavar='N', help='width of the student')
+    add('--kd-teacher-feature-dim', type=int, metavar='N', help='width of the teacher')
+    add('--distill-loss-weight', type=float, metavar='W', help='weight of the distillation loss')
+    add('--task-loss-weight', type=float, metavar='W', help='weight of the classification loss')
+
+    add = parser.add_argument_group('Running').add_argument
+    add('--output', default='./output/train', metavar='DIR', help='folder of runs')
+    add('--experiment', default='', metavar='NAME', help='name of the run, its folder in --output')
+    add('--resume', default='', metavar='FILE', help="checkpoint to go on from, or `auto`: the run's latest, if any")
+    add('--no-resume-opt', action='store_true', help='resume without the state of the optimiser')
+    add('--seed', type=int, default=42, metavar='N', help='random seed')
+    add('--worker-seeding', default='all', choices=('all', 'part'), help='seed NumPy in loading processes too, or not')
+    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    # timm can keep these alive over epochs; here they start anew each time, from the seed of the epoch
+    add('--no-persistent-workers', action='store_true', help=argparse.SUPPRESS)
+    add('--pin-mem', action='store_true', help='pin memory for faster transfer to the GPU')
+    add('--no-prefetcher', action='store_true', help='normalise and mix images outside of the prefetcher')
+    add('--log-interval', type=int, default=50, metavar='N', help='batches between two lines of a log')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
+    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what to be best in')
+    add('--checkpoint-hist', type=int, default=10, metavar='N', help='epochs to keep checkpoints of')
+    add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='keep the state after N epochs for good')
+    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints within an epoch')
+    add('--log-wandb', action='store_true', help='log to Weights & Biases')
+    add('--wandb-project', metavar='NAME', help='its project')
+    add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run')
+    add('--wandb-resume-id', default='', metavar='ID', help='run to go on with')
+    for flag in LEFT_OUT:
+        add(f'--{flag}', nargs='*', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_config(path: str) -> Dict[str, Any]:
+    """Flags in a YAML file, checked and converted as on a command line."""
+    parser = make_parser(prog=path)
+    flags = {flag[2:].replace('-', '_') for action in parser._actions for flag in action.option_strings}
+    try:
+        with open(path) as f:
+            config = yaml.safe_load(f) or {}
+    except (OSError, yaml.YAMLError) as e:
+        parser.error(f'cannot be read: {e}')
+    if not isinstance(config, dict):
+        parser.error('the file must hold a mapping of flags to values')
+    config = {str(key).replace('-', '_'): value for key, value in config.items()}
+    config = {'data_dir': config.pop('data', None), **config}
+    unknown = [key for key in config if key not in flags]
+    if unknown:
+        hints = [f'{key} (did you mean {close[0]}?)' if (close := difflib.get_close_matches(key, flags)) else key
+                 for key in unknown]
+        parser.error(f"unknown keys: {', '.join(hints)}")
+
+    left_out = {flag.replace('-', '_'): default for flag, default in LEFT_OUT.items()}
+    nulls, line = {}, []
+    for key, value in config.items():
+        flag = '--' + key.replace('_', '-')
+        if value is False or key in left_out and value == left_out[key]:
+            continue  # off, as every flag is that is not given
+        elif value is None:
+            nulls[key] = None
+        elif value is True and key not in left_out and parser.get_default(key) is False:
+            line.append(flag)
+        elif isinstance(value, dict):
+            line += [flag, *(f'{k}={v!r}' for k, v in value.items())]
+        elif isinstance(value, (list, tuple)):
+            line += [flag, *map(str, value)] if value else []
+        else:
+            line.append(f'{flag}={value}')
+    args = parser.parse_args(line)
+    refuse_left_out(parser, args, LEFT_OUT)
+    return {**{key: getattr(args, key) for key in config if hasattr(args, key)}, **nulls}
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        parser.set_defaults(**parse_config(args.config))
+        args = parser.parse_args(argv)
+    refuse_left_out(parser, args, LEFT_OUT)
+    args.data_dir = args.data or args.data_dir
+    check_folder(args.data_dir, args.dataset)
+    args.device = resolve_device(args.device)
+    args.grad_accum_steps = max(1, args.grad_accum_steps)
+    if args.smoothing is None:
+        args.smoothing = 0.1
+    if args.eval_metric is None:
+        args.eval_metric = 'top1'
+    if not args.val_split:
+        args.eval_metric = 'loss'  # of training
+    if args.sched == 'plateau':
+        parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
+    if args.sched == 'none' and args.layer_decay is not None:
+        parser.error('--sched none: it is the schedule that applies --layer-decay; constant is one that never decays')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto needs --experiment, the run to look for')
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+        parser.error(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch')
+    if args.aug_repeats and not utils.is_distributed_env():
+        parser.error('--aug-repeats spreads an image over processes: it needs torchrun')
+    return args
