@@ -85,7 +85,7 @@ INLINE Vf exp2(Vf x) {
         0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f,
         0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f77p+0f,
         0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
-    const Vf k = _mm512_roundscale_ps(x, 5 << 4), r = _mm512_reduce_ps(x, 5 << 4);  // 5 bits after the point
+    const Vf k = _mm512_roundscale_ps(x, 5 << 4), r = x - k;  // 5 bits after the point
     const I index = (I)(k + 0x1.8p18f);
     const Vf power = _mm512_permutex2var_ps(load(POWERS), (__m512i)index, load(POWERS + 16));
     Vf p = r * 2.4022653e-1f + 6.9315733e-1f;
@@ -146,7 +146,7 @@ constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 template <class R>
 INLINE Vec<R> exp_minus(Vec<R> x) {
     typedef typename Simd<R>::I I;
-    return exp2((Vec<R>)((I)x | (I)splat(R(-0.))) * R(LOG2E));
+    return exp2(at_least(splat(R(-1e4)), (Vec<R>)((I)x | (I)splat(R(-0.))) * R(LOG2E)));
 }
 
 template <class R>
