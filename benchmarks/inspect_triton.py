@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from timm_ssm.ops.backends.triton import common
+from timm_ssm.ops.backends.triton import backward, common, forward
 from timm_ssm.ops.calls import ConvCall, ScanCall, acc_dtype
 
 TYPES = {
@@ -118,7 +118,6 @@ def conv_call(batch, length, channels, directions, dtype) -> ConvCall:
 
 
 def cases(dtype):
-    from timm_ssm.ops.backends.triton import forward
     call = scan_call(128, 197, 768, 16, 2, dtype)
     yield 'forward, both directions', lambda: forward.scan_forward(call, False)
     yield 'forward for training', lambda: forward.scan_forward(call, True)
@@ -151,6 +150,8 @@ def main() -> None:
     target = GPUTarget('cuda', int(arch), 32) if kind == 'cuda' else GPUTarget('hip', arch, 64)
     JITFunction.run = record
     common.processors = lambda device: 132
+    reduce = 'sum' if kind == 'hip' else 'tf32x3' if args.dtype == 'float32' else 'tf32'
+    backward.tuning = lambda x, n_pow2: dict(AT_ONCE=1, REDUCE=reduce)
 
     print(f'Triton {triton.__version__}, {args.target}, {args.dtype}: inspected, not measured')
     for name, run in cases(getattr(torch, args.dtype)):

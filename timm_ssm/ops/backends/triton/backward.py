@@ -1,6 +1,6 @@
 """The scan backward: chunks of STATE_STRIDE tokens from the last to the first, their states recomputed from the one
 that the forward pass saved."""
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 import triton
@@ -183,34 +183,31 @@ def _backward_direction(
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr,
         REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_DZ: tl.constexpr,
-        SPLIT: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, REDUCE: tl.constexpr,
+        STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     acc = params_ptr.dtype.element_ty
     n = tl.arange(0, N_POW2)
-    n_mask = n < N
     tile = n[:, None] * channels + c[None, :]
-    tile_mask = n_mask[:, None] & mask[None, :]
-    r = tl.arange(0, TILE)
-
-    A = tl.load(params_ptr + tile, mask=tile_mask, other=0.) * LOG2E
+    tile_mask = (n < N)[:, None] & mask[None, :]
     if HAS_D:
         D = tl.load(params_ptr + N * channels + c, mask=mask, other=0.)
+        dD = tl.zeros([BLOCK], acc)
     if HAS_BIAS:
         bias = tl.load(params_ptr + (N + 1) * channels + c, mask=mask, other=0.)
-    dA = tl.zeros([N_POW2, BLOCK], acc)
-    dD = tl.zeros([BLOCK], acc)
-    dbias = tl.zeros([BLOCK], acc)
-    e = tl.zeros([N_POW2, BLOCK], acc)  # dL/dh of the token before, by way of the tokens done
-    if SPLIT:
-        e += tl.load(carries_ptr + tile, mask=tile_mask, other=0.)
+        dbias = tl.zeros([BLOCK], acc)
+
+    # Tiles are (states at once, tokens, channels): all three axes everywhere, so that Triton gives them one layout.
+    r = tl.arange(0, TILE)
+    c3 = c[None, None, :]
 
     begin = split.to(tl.int64) * span
     end = tl.minimum(begin + span, length)
     chunk = (end - 1) // STRIDE * STRIDE
     while chunk >= begin:
-        # the states before each tile of the chunk
-        last = chunk + (tl.minimum(chunk + STRIDE, length) - 1 - chunk) // TILE * TILE
+        # first the states before each tile of the chunk, from its first token to the last tile
+        A = tl.load(params_ptr + tile, mask=tile_mask, other=0.) * LOG2E
         h = tl.load(states_ptr + (chunk // STRIDE) * N * channels + tile, mask=tile_mask, other=0.)
+        last = chunk + (tl.minimum(chunk + STRIDE, length) - 1 - chunk) // TILE * TILE
         s = chunk
         while s < last:
             if s % TILE == 0:
@@ -230,89 +227,104 @@ def _backward_direction(
         tl.store(starts_ptr + (s - chunk) // TILE * N * channels + tile, h, mask=tile_mask)
         tl.debug_barrier()  # other lanes may read what was written here
 
+        # then the gradients, tile by tile, from the last to the first
         while s >= chunk:
-            at = s + r
-            valid = at < length
+            live = (s + r < length)[None, :, None] & mask[None, None, :]
+            to = (s + r)[None, :, None]
             if REVERSE:
-                at = length - 1 - at
-            live = valid[:, None] & mask[None, :]
-            us = tl.load(u_ptr + at[:, None] * u_l + c[None, :], mask=live, other=0.).to(acc)
-            x = tl.load(delta_ptr + at[:, None] * delta_l + c[None, :], mask=live, other=0.).to(acc)
-            dy = tl.load(grad_ptr + at[:, None] * channels + c[None, :], mask=live, other=0.).to(acc)
+                to = length - 1 - to
+            us = tl.load(u_ptr + to * u_l + c3, mask=live, other=0.).to(acc)
+            dts = tl.load(delta_ptr + to * delta_l + c3, mask=live, other=0.).to(acc)
+            dy = tl.load(grad_ptr + to * channels + c3, mask=live, other=0.).to(acc)
             if HAS_Z:
-                z = tl.load(z_ptr + at[:, None] * z_l + c[None, :], mask=live, other=0.).to(acc)
+                z = tl.load(z_ptr + to * z_l + c3, mask=live, other=0.).to(acc)
                 gate = sigmoid(z)
                 if WRITE_DZ:
-                    y = tl.load(y_ptr + at[:, None] * channels + c[None, :], mask=live, other=0.).to(acc)
+                    y = tl.load(y_ptr + to * channels + c3, mask=live, other=0.).to(acc)
                     dz = dy * y * gate * (1. + z * (1. - gate))
-                    tl.store(dz_ptr + at[:, None] * channels + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=live)
+                    tl.store(dz_ptr + to * channels + c3, dz.to(dz_ptr.dtype.element_ty), mask=live)
                 dy *= z * gate
+            if HAS_D:
+                dD += tl.sum(tl.sum(dy * us, 1), 0)
             if HAS_BIAS:
-                x += bias[None, :]
-            dts = x
+                dts += bias[None, None, :]
             if SOFTPLUS:
-                dts = softplus(x)
+                dts = softplus(dts)
             dts = tl.where(live, dts, 0.)  # tokens past the end neither decay nor add
             inputs = dts * us
-            dinputs = tl.zeros([TILE, BLOCK], acc)  # dL/d(dt u) = sum_n g B
-            ddecay = tl.zeros([TILE, BLOCK], acc)  # sum_n g a h A, in units of log2
-            for i in tl.static_range(N):
-                An = tl.load(params_ptr + i * channels + c, mask=mask, other=0.) * LOG2E
-                h = tl.load(starts_ptr + (s - chunk) // TILE * N * channels + i * channels + c, mask=mask, other=0.)
-                Bn = tl.load(bc_ptr + i * padded + s + r)
-                Cn = tl.load(bc_ptr + (N + i) * padded + s + r)
-                a = tl.exp2(dts * An[None, :])
-                own = inputs * Bn[:, None]
-                decayed = tl.zeros([TILE, BLOCK], acc)
+            dinputs = tl.zeros([1, TILE, BLOCK], acc)  # dL/d(dt u) = sum_n g B
+            ddecay = tl.zeros([1, TILE, BLOCK], acc)  # sum_n g exp(dt A) h[t-1] A
+            into_first = tl.zeros([1, BLOCK], acc)
+            for i in range(N_POW2 // AT_ONCE):
+                ni = i * AT_ONCE + tl.arange(0, AT_ONCE)
+                at_n = ni[:, None] * channels + c[None, :]
+                at_n_mask = (ni < N)[:, None] & mask[None, :]
+                An = tl.load(params_ptr + at_n, mask=at_n_mask, other=0.)[:, None, :]
+                hn = tl.load(starts_ptr + (s - chunk) // TILE * N * channels + at_n, mask=at_n_mask, other=0.)
+                en = tl.load(carries_ptr + at_n, mask=at_n_mask, other=0.)
+                dA = tl.load(dparams_ptr + at_n, mask=at_n_mask, other=0.)
+                at_bc = ni[:, None] * padded + (s // TILE * TILE + r)[None, :]  # which shows Triton the alignment
+                bc_mask = (ni < N)[:, None] & (r < TILE)[None, :]
+                Bn = tl.load(bc_ptr + at_bc, mask=bc_mask, other=0.)[:, :, None]
+                Cn = tl.load(bc_ptr + N * padded + at_bc, mask=bc_mask, other=0.)[:, :, None]
+                a = tl.exp2(dts * (An * LOG2E))
+                own = inputs * Bn
+                dseen = dy * Cn
+                if MASK_DIAGONAL:
+                    dseen = tl.where((s + r == 0)[None, :, None], 0., dseen)
+
+                decayed = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # exp(dt A) h[t-1]
                 for k in tl.static_range(TILE):
-                    q = row(a, k, r) * h
-                    decayed = with_row(decayed, k, r, q)
-                    h = q + row(own, k, r)
-                dseen = dy * Cn[:, None]
-                if MASK_DIAGONAL:
-                    dseen = tl.where((s + r == 0)[:, None], 0., dseen)
-                en = row(e, i, n)
-                g = tl.zeros([TILE, BLOCK], acc)
-                g_own = tl.zeros([TILE, BLOCK], acc)
-                for back in tl.static_range(TILE):
-                    k: tl.constexpr = TILE - 1 - back
+                    hn *= row(a, k, r)
+                    decayed = with_row(decayed, k, r, hn)
+                    hn += row(own, k, r)
+                g = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # dL/dh
+                g_own = g  # dL/d(dt B u)
+                for k in tl.static_range(TILE):
                     if MASK_DIAGONAL:
-                        g_own = with_row(g_own, k, r, en)
-                    en += row(dseen, k, r)
-                    g = with_row(g, k, r, en)
-                    en *= row(a, k, r)
-                e = with_row(e, i, n, en)
+                        g_own = with_row(g_own, TILE - 1 - k, r, en)
+                    en += row(dseen, TILE - 1 - k, r)
+                    g = with_row(g, TILE - 1 - k, r, en)
+                    en *= row(a, TILE - 1 - k, r)
+                tl.store(carries_ptr + at_n, en, mask=at_n_mask)
+
                 if MASK_DIAGONAL:
-                    seen = tl.where((s + r == 0)[:, None], 0., decayed)
+                    seen = tl.where((s + r == 0)[None, :, None], 0., decayed)
                 else:
                     seen = decayed + own
                     g_own = g
-                gh = g * decayed
-                dinputs += g_own * Bn[:, None]
-                ddecay += gh * An[None, :]
-                dA = with_row(dA, i, n, row(dA, i, n) + tl.sum(gh * dts, 0))
-                channel_sums(
-                    g_own * inputs, seen * dy,
-                    dbc_ptr + i * padded + s, dbc_ptr + (N + i) * padded + s, r, TILE, BLOCK, REDUCE)
+                g_decayed = g * decayed
+                dinputs += tl.sum(g_own * Bn, 0)[None, :, :]
+                ddecay += tl.sum(g_decayed * An, 0)[None, :, :]
+                tl.store(dparams_ptr + at_n, dA + tl.sum(g_decayed * dts, 1), mask=at_n_mask)
+                if RESIDUAL:
+                    into_first += tl.sum(tl.where(at_n_mask, en, 0.), 0)[None, :]
+                if REDUCE == 'sum':
+                    tl.store(dbc_ptr + at_bc, tl.sum(g_own * inputs, 2), mask=bc_mask)
+                    tl.store(dbc_ptr + N * padded + at_bc, tl.sum(seen * dy, 2), mask=bc_mask)
+                else:
+                    both = tl.arange(0, 2 * TILE)
+                    tl.store(
+                        dbc_ptr + (i + both // TILE * N) * padded + s + both % TILE,
+                        channel_sums(g_own * inputs, seen * dy, REDUCE))
+
+            us = tl.load(u_ptr + to * u_l + c3, mask=live, other=0.).to(acc)  # again, for want of registers
             du = dinputs * dts
-            ddt = dinputs * us + ddecay / LOG2E
+            ddt = dinputs * us + ddecay
             if HAS_D:
-                du += D[None, :] * dy
-                dD += tl.sum(dy * us, 0)
+                du += D[None, None, :] * dy
             if RESIDUAL:
-                du += tl.where((s + r == 0)[:, None], tl.sum(e, 0)[None, :], 0.)
+                du += tl.where((s + r == 0)[None, :, None], into_first[:, None, :], 0.)
             if SOFTPLUS:
-                ddt *= tl.where(x > 20., 1., sigmoid(x))
+                ddt *= 1. - tl.exp2(dts * -LOG2E)  # the derivative of softplus(x), by its value
             if HAS_BIAS:
-                dbias += tl.sum(ddt, 0)
-            to = at[:, None] * channels + c[None, :]
-            tl.store(du_ptr + to, du.to(du_ptr.dtype.element_ty), mask=live)
-            tl.store(ddelta_ptr + to, ddt.to(ddelta_ptr.dtype.element_ty), mask=live)
+                dbias += tl.sum(tl.sum(ddt, 1), 0)
+            tl.store(du_ptr + to * channels + c3, du.to(du_ptr.dtype.element_ty), mask=live)
+            tl.store(ddelta_ptr + to * channels + c3, ddt.to(ddelta_ptr.dtype.element_ty), mask=live)
             s -= TILE
         tl.debug_barrier()  # the next chunk overwrites `starts`
         chunk -= STRIDE
 
-    tl.store(dparams_ptr + tile, dA, mask=tile_mask)
     if HAS_D:
         tl.store(dparams_ptr + N * channels + c, dD, mask=mask)
     if HAS_BIAS:
@@ -329,9 +341,10 @@ def _scan_backward(
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DIRECTIONS: tl.constexpr,
         REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, MASK0: tl.constexpr, MASK1: tl.constexpr,
         SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_Z: tl.constexpr, SPLIT: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, REDUCE: tl.constexpr,
+        HAS_Z: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
-    """A block of channels of one batch item and one direction over one stretch of tokens.
+    """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time (one,
+    for want of registers; all in the interpreter, for want of patience).
 
     With g[t] = dL/dh[t] and e[t] = exp(dt A) g[t], what reaches h[t-1] by way of h[t]:
 
@@ -361,7 +374,7 @@ def _scan_backward(
             du0_ptr + token, ddelta0_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, REVERSE0, MASK0, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, HAS_Z,
-            SPLIT, STRIDE, TILE, REDUCE,
+            STRIDE, TILE, AT_ONCE, REDUCE,
         )
     elif DIRECTIONS == 2:
         _backward_direction(
@@ -371,15 +384,18 @@ def _scan_backward(
             du1_ptr + token, ddelta1_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, REVERSE1, MASK1, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, False,
-            SPLIT, STRIDE, TILE, REDUCE,
+            STRIDE, TILE, AT_ONCE, REDUCE,
         )
 
 
-def reduction(x: torch.Tensor) -> str:
-    """How dB and dC are summed over channels: by tensor cores where there are some, in the precision of x's dtype."""
-    if x.device.type != 'cuda' or torch.version.hip or x.dtype == torch.float64:
-        return 'sum'
-    return 'tf32x3' if x.dtype == torch.float32 else 'tf32'
+def tuning(x: torch.Tensor, n_pow2: int) -> Dict[str, Union[int, str]]:
+    """States at a time, and how dB and dC are summed over channels: by tensor cores in the precision of x's dtype, or,
+    in float64, on AMD and in the interpreter, plainly."""
+    if x.device.type == 'cpu':
+        return dict(AT_ONCE=n_pow2, REDUCE='sum')
+    if torch.version.hip or x.dtype == torch.float64:
+        return dict(AT_ONCE=1, REDUCE='sum')
+    return dict(AT_ONCE=1, REDUCE='tf32x3' if x.dtype == torch.float32 else 'tf32')
 
 
 def scan_backward(
@@ -402,19 +418,16 @@ def scan_backward(
     p = plan(call, n_directions)
     chunks = triton.cdiv(length, STATE_STRIDE)
     padded = chunks * STATE_STRIDE
-    split = p.splits > 1
     with device_guard(grad_out):
         params = parameters(call)
-        new = torch.zeros if empty else torch.empty
-        dparams = new(n_directions, batch * p.splits, d_state + 2, channels, dtype=params.dtype, device=params.device)
-        dB, dC = (
-            new(n_directions, batch, length, groups, d_state, dtype=u[0].dtype, device=u[0].device) for _ in range(2))
+        dparams = params.new_zeros(n_directions, batch * p.splits, d_state + 2, channels)
+        dB, dC = (u[0].new_zeros(n_directions, batch, length, groups, d_state) for _ in range(2))
         if not empty:
             bc = params.new_empty(n_directions, batch, groups, 2, d_state, padded)
             dbc = params.new_empty(n_directions, batch, p.blocks, 2, d_state, padded)
             starts = params.new_empty(n_directions, batch, p.splits, STATE_STRIDE // TILE, d_state, channels)
             z_ = grad_out if z is None else z
-            shared = flags(call, p)
+            shared = flags(call, p, p.block // 32)
             order = dict(REVERSE0=call.reverse[0], REVERSE1=call.reverse[-1])
             states_of = {k: shared[k] for k in ('N', 'N_POW2')}
             forms = dict(SOFTPLUS=call.delta_softplus, HAS_BIAS=len(call.delta_bias) > 0, HAS_Z=z is not None)
@@ -422,9 +435,8 @@ def scan_backward(
             _transpose_kernel[(n_directions * batch * groups * chunks,)](
                 *B, *C, bc, batch, length, groups, padded, *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
                 **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1)
-            carries = params
-            if split:
-                carries = params.new_empty(n_directions, batch, p.splits, d_state, channels)
+            carries = params.new_zeros(n_directions, batch, p.splits, d_state, channels)
+            if p.splits > 1:
                 sums = params.new_empty(n_directions, batch, p.splits, channels)
                 _scan_carry[(n_directions * batch * p.splits * p.blocks,)](
                     *delta, *C, z_, grad_out, params, carries, sums,
@@ -441,8 +453,8 @@ def scan_backward(
                 batch, length, channels, groups, p.per_group, p.blocks, p.splits, p.span, chunks, padded,
                 *strides(u[0], 0, 1), *strides(delta[0], 0, 1), *strides(B[0], 0, 1, 2), *strides(z_, 0, 1),
                 DIRECTIONS=n_directions, MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
-                RESIDUAL=call.residual, HAS_D=len(call.D) > 0, SPLIT=split,
-                STRIDE=STATE_STRIDE, TILE=TILE, REDUCE=reduction(grad_out), **order, **forms, **shared)
+                RESIDUAL=call.residual, HAS_D=len(call.D) > 0,
+                STRIDE=STATE_STRIDE, TILE=TILE, **tuning(grad_out, shared['N_POW2']), **order, **forms, **shared)
             _untranspose_kernel[(n_directions * batch * groups * chunks,)](
                 dbc, dB, dC, batch, length, groups, p.blocks // groups, padded,
                 **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1)

@@ -214,6 +214,7 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
             sums = params.new_empty(n_directions, batch, p.splits, channels)
         z_ = u[0] if z is None else z
         chunks = triton.cdiv(length, STATE_STRIDE)
+        shared = flags(call, p, p.block // 32)
         for summary in (True, False) if split else (False,):
             _scan_forward[(batch * p.splits * p.blocks,)](
                 *u, *delta, *B, *C, z_, params, starts, sums, out, y, states,
@@ -226,13 +227,13 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
                 SOFTPLUS=call.delta_softplus, RESIDUAL=call.residual,
                 HAS_D=len(call.D) > 0, HAS_BIAS=len(call.delta_bias) > 0, HAS_Z=z is not None,
                 SAVE=save and not summary, SPLIT=split, SUMMARY=summary, STRIDE=STATE_STRIDE,
-                **flags(call, p),
+                **shared,
             )
             if summary:
                 enter[(n_directions * batch * p.blocks,)](
                     *u, params, starts, sums,
                     batch, length, channels, p.per_group, p.blocks, p.splits, *strides(u[0], 0, 1),
                     DESCENDING0=call.reverse[0], DESCENDING1=call.reverse[-1], RESIDUAL=call.residual,
-                    **flags(call, p),
+                    **shared,
                 )
     return out, y, states
