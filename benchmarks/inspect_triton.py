@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from timm_ssm.ops.backends.triton import backward, common, forward
+from timm_ssm.ops.backends.triton import backward, common, conv, forward
 from timm_ssm.ops.calls import ConvCall, ScanCall, acc_dtype
 
 TYPES = {
