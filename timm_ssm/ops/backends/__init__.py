@@ -19,13 +19,14 @@ from ..calls import ConvCall, ScanCall
 
 _MODULES = {
     'native': 'timm_ssm.ops.backends.native',
+    'triton': 'timm_ssm.ops.backends.triton',
     'naive': 'timm_ssm.ops.naive',
 }
 BACKENDS = tuple(_MODULES)
 #: Order of preference on each device type; devices not named here take `naive`.
 _PREFERENCE = {
     'cpu': ('native', 'naive'),
-    'cuda': ('naive',),
+    'cuda': ('triton', 'naive'),
 }
 
 

@@ -1,0 +1,190 @@
+"""What Triton makes of the kernels, without a GPU: registers, spills, shuffles and instructions in the loop over tokens.
+
+    python benchmarks/inspect_triton.py [--target cuda:90 | hip:gfx942] [--dtype bfloat16] [--only NAME]
+
+Each kernel is compiled as its launching function would have it compiled for the call at hand (the launch itself is
+intercepted), for NVIDIA disassembled with the tools that Triton carries, and the instructions between each backward
+branch and its target are counted. These are properties of the code, not times.
+"""
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+os.environ.pop('TRITON_INTERPRET', None)
+os.environ.setdefault('TRITON_DEFAULT_FP_FUSION', '1')
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from timm_ssm.ops.backends.triton import backward, common, conv, forward
+from timm_ssm.ops.calls import ConvCall, ScanCall, acc_dtype
+
+TYPES = {
+    torch.float32: 'fp32', torch.float64: 'fp64', torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.int32: 'i32'}
+OPTIONS = ('num_warps', 'num_stages', 'enable_fp_fusion')
+launches = []
+
+
+def record(self, *args, grid, warmup, **kwargs):
+    launches.append((self, args, kwargs))
+
+
+def source_of(fn, args, kwargs):
+    """What the JIT would compile for these arguments, specialised as it specialises."""
+    signature, constants, divisible = {}, {}, []
+    values = dict(zip(fn.arg_names, args), **kwargs)
+    constexprs = {p.name for p in fn.params if p.is_constexpr}
+    for i, name in enumerate(fn.arg_names):
+        x = values[name]
+        if name in constexprs or (isinstance(x, int) and x == 1):
+            constants[name] = x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = '*' + TYPES[x.dtype]
+            if x.data_ptr() % 16 == 0:
+                divisible.append(i)
+        else:
+            signature[name] = 'i32' if abs(x) < 2**31 else 'i64'
+            if x % 16 == 0:
+                divisible.append(i)
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        from triton.backends.compiler import AttrsDescriptor
+        return ASTSource(fn, signature, constants, AttrsDescriptor.from_hints({i: 16 for i in divisible}))
+    signature = {name: signature.get(name, 'constexpr') for name in fn.arg_names}
+    constants = {(fn.arg_names.index(k),): v for k, v in constants.items()}
+    return ASTSource(fn, signature, constants, {(i,): [['tt.divisibility', 16]] for i in divisible})
+
+
+def nvidia_tool(name: str) -> str:
+    """A tool of this Triton, or of another one named by TRITON_TOOLS."""
+    folder = os.environ.get('TRITON_TOOLS') or Path(triton.__file__).parent / 'backends/nvidia/bin'
+    return str(Path(folder) / name)
+
+
+def sass(kernel):
+    """Resource usage and instructions [(address, text)] of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(kernel.asm['cubin'])
+        f.flush()
+        usage, code = (
+            subprocess.run([nvidia_tool('cuobjdump'), flag, f.name], capture_output=True, text=True, check=True).stdout
+            for flag in ('-res-usage', '-sass'))
+    usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|SHARED|LOCAL):(\d+)', usage)}
+    return usage, [(int(a, 16), text.strip()) for a, text in re.findall(r'/\*([0-9a-f]{4,6})\*/\s+(.*?);', code)]
+
+
+def loops(code):
+    """Instruction counts by opcode of every loop, in order; an outer loop's count includes its inner loops'."""
+    index = {a: i for i, (a, _) in enumerate(code)}
+    for i, (a, text) in enumerate(code):
+        target = re.search(r'\bBRA\b.*?(0x[0-9a-f]+)', text)
+        if target and int(target[1], 16) < a:
+            body = [re.sub(r'@!?U?P\S+ +', '', t).split()[0].split('.')[0] for _, t in code[index[int(target[1], 16)]:i + 1]]
+            if len(body) > 16:
+                yield Counter(body)
+
+
+def scan_call(batch, length, channels, d_state, directions, dtype, groups=None) -> ScanCall:
+    acc = acc_dtype(dtype)
+
+    def act(*shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    dt_rank = max(16, channels // 2 // 16)
+    bc = []
+    for _ in range(directions):  # B and C are slices of x_proj's output
+        x = act(batch, length, dt_rank + 2 * d_state)
+        bc.append((x[..., dt_rank:dt_rank + d_state], x[..., dt_rank + d_state:]))
+    xz = act(batch, length, 2 * channels)
+    return ScanCall(
+        [act(batch, length, channels) for _ in range(directions)],
+        [act(batch, length, channels) for _ in range(directions)],
+        [torch.zeros(channels, d_state, dtype=acc) for _ in range(directions)],
+        [b for b, _ in bc], [c for _, c in bc],
+        [torch.zeros(channels, dtype=acc)] * directions, [torch.zeros(channels, dtype=acc)] * directions,
+        xz[..., channels:], True, [False, True][:directions], False, [False, False][:directions])
+
+
+def conv_call(batch, length, channels, directions, dtype) -> ConvCall:
+    x = torch.zeros(batch, length, 2 * channels, dtype=dtype)[..., :channels]
+    weight = [torch.zeros(channels, 4)] * directions
+    return ConvCall(x, weight, [torch.zeros(channels)] * directions, True, [False, True][:directions], False)
+
+
+def cases(dtype):
+    call = scan_call(128, 197, 768, 16, 2, dtype)
+    yield 'forward, both directions', lambda: forward.scan_forward(call, False)
+    yield 'forward for training', lambda: forward.scan_forward(call, True)
+    states = call.new_states(True)
+    out = call.u[0].new_zeros(call.u[0].shape)
+    yield 'backward, both directions', lambda: backward.scan_backward(call, out, out, states)
+    small = scan_call(128, 196, 160, 8, 1, dtype)
+    yield 'forward, N = 8, 160 channels', lambda: forward.scan_forward(small, True)
+    small_out = small.u[0].new_zeros(small.u[0].shape)
+    yield 'backward, N = 8, 160 channels', lambda: backward.scan_backward(
+        small, small_out, small_out, small.new_states(True))
+    long = scan_call(1, 1569, 384, 16, 2, dtype)
+    yield 'forward, split', lambda: forward.scan_forward(long, True)
+    long_out = long.u[0].new_zeros(long.u[0].shape)
+    yield 'backward, split', lambda: backward.scan_backward(long, long_out, long_out, long.new_states(True))
+    cc = conv_call(32, 197, 768, 2, dtype)
+    yield 'conv forward', lambda: conv.conv_forward(cc)
+    yield 'conv backward', lambda: conv.conv_backward(cc, [cc.x.contiguous()] * 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--target', default='cuda:90')
+    parser.add_argument('--dtype', default='bfloat16')
+    parser.add_argument('--only', default='', help='cases whose name contains this')
+    parser.add_argument('--dump', default='', help='folder for the assembly')
+    parser.add_argument('--ops', action='store_true', help='opcodes of the loops')
+    args = parser.parse_args()
+    kind, arch = args.target.split(':')
+    target = GPUTarget('cuda', int(arch), 32) if kind == 'cuda' else GPUTarget('hip', arch, 64)
+    JITFunction.run = record
+    common.processors = lambda device: 132
+    reduce = 'sum' if kind == 'hip' else 'tf32x3' if args.dtype == 'float32' else 'tf32'
+    backward.tuning = lambda x, n_pow2: dict(AT_ONCE=1, REDUCE=reduce)
+
+    print(f'Triton {triton.__version__}, {args.target}, {args.dtype}: inspected, not measured')
+    for name, run in cases(getattr(torch, args.dtype)):
+        if args.only not in name:
+            continue
+        launches.clear()
+        run()
+        for fn, fn_args, kwargs in launches:
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+            kernel = triton.compile(source_of(fn, fn_args, kwargs), target=target, options=options)
+            title = f'{name}: {fn.__name__}'
+            if args.dump:
+                Path(args.dump).mkdir(exist_ok=True)
+                for ext in ('ttir', 'ttgir', 'ptx', 'amdgcn'):
+                    if ext in kernel.asm:
+                        (Path(args.dump) / f'{re.sub(r"[^a-z0-9]+", "_", title)}.{ext}').write_text(kernel.asm[ext])
+            if kind == 'hip':
+                text = kernel.asm['amdgcn']
+                found = {k: re.search(rf'\.{k}:\s+(\d+)', text) for k in (
+                    'vgpr_count', 'vgpr_spill_count', 'sgpr_count', 'group_segment_fixed_size')}
+                print(f'{title}:', ', '.join(f'{k} {m[1]}' for k, m in found.items() if m))
+                continue
+            usage, code = sass(kernel)
+            shuffles = sum(text.startswith('SHFL') or ' SHFL' in text for _, text in code)
+            print(f'{title}: {usage["REG"]} registers, {usage["LOCAL"] + usage["STACK"]} bytes of stack, '
+                  f'{usage["SHARED"]} bytes shared, {len(code)} instructions, {shuffles} shuffles')
+            if args.dump:
+                (Path(args.dump) / f'{re.sub(r"[^a-z0-9]+", "_", title)}.sass').write_text(
+                    '\n'.join(f'{a:06x} {t}' for a, t in code))
+            for body in loops(code):
+                print(f'    loop of {sum(body.values())} instructions',
+                      ', '.join(f'{op} {k}' for op, k in body.most_common(24 if args.ops else 6)))
+
+
+if __name__ == '__main__':
+    main()
