@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels, without a GPU: registers, spills, shuffles and instructions in the loop over tokens.
+"""What Triton makes of the kernels, without a GPU: registers, spills, shuffles and the instructions of every loop.
 
     python benchmarks/inspect_triton.py [--target cuda:90 | hip:gfx942] [--dtype bfloat16] [--only NAME]
 
@@ -55,7 +55,7 @@ def source_of(fn, args, kwargs):
                 divisible.append(i)
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
         from triton.backends.compiler import AttrsDescriptor
-        return ASTSource(fn, signature, constants, AttrsDescriptor.from_hints({i: 16 for i in divisible}))
+        return ASTSource(fn, signature, constants, AttrsDescriptor.from_hints({i: 16 for i in divisible}))  # noqa: C420
     signature = {name: signature.get(name, 'constexpr') for name in fn.arg_names}
     constants = {(fn.arg_names.index(k),): v for k, v in constants.items()}
     return ASTSource(fn, signature, constants, {(i,): [['tt.divisibility', 16]] for i in divisible})
@@ -85,9 +85,9 @@ def loops(code):
     for i, (a, text) in enumerate(code):
         target = re.search(r'\bBRA\b.*?(0x[0-9a-f]+)', text)
         if target and int(target[1], 16) < a:
-            body = [re.sub(r'@!?U?P\S+ +', '', t).split()[0].split('.')[0] for _, t in code[index[int(target[1], 16)]:i + 1]]
+            body = code[index[int(target[1], 16)]:i + 1]
             if len(body) > 16:
-                yield Counter(body)
+                yield Counter(re.sub(r'@!?U?P\S+ +', '', t).split()[0].split('.')[0] for _, t in body)
 
 
 def scan_call(batch, length, channels, d_state, directions, dtype, groups=None) -> ScanCall:

@@ -22,6 +22,7 @@ from .common import (
     rows,
     sigmoid,
     softplus,
+    softplus_derivative,
     strides,
     with_row,
 )
@@ -316,7 +317,7 @@ def _backward_direction(
             if RESIDUAL:
                 du += tl.where((s + r == 0)[None, :, None], into_first[:, None, :], 0.)
             if SOFTPLUS:
-                ddt *= 1. - tl.exp2(dts * -LOG2E)  # the derivative of softplus(x), by its value
+                ddt *= softplus_derivative(dts)
             if HAS_BIAS:
                 dbias += tl.sum(tl.sum(ddt, 1), 0)
             tl.store(du_ptr + to * channels + c3, du.to(du_ptr.dtype.element_ty), mask=live)
@@ -343,8 +344,8 @@ def _scan_backward(
         SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_Z: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
-    """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time (one,
-    for want of registers; all in the interpreter, for want of patience).
+    """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time: one
+    for want of registers, all in the interpreter for want of patience.
 
     With g[t] = dL/dh[t] and e[t] = exp(dt A) g[t], what reaches h[t-1] by way of h[t]:
 
@@ -427,7 +428,7 @@ def scan_backward(
             dbc = params.new_empty(n_directions, batch, p.blocks, 2, d_state, padded)
             starts = params.new_empty(n_directions, batch, p.splits, STATE_STRIDE // TILE, d_state, channels)
             z_ = grad_out if z is None else z
-            shared = flags(call, p, p.block // 32)
+            shared = flags(call, p)
             order = dict(REVERSE0=call.reverse[0], REVERSE1=call.reverse[-1])
             states_of = {k: shared[k] for k in ('N', 'N_POW2')}
             forms = dict(SOFTPLUS=call.delta_softplus, HAS_BIAS=len(call.delta_bias) > 0, HAS_Z=z is not None)

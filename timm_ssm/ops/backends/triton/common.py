@@ -1,6 +1,6 @@
 """What the Triton kernels share: element-wise functions, and how the host prepares a call."""
 import contextlib
-from functools import lru_cache
+from functools import cache
 from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -14,11 +14,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), x above 20. e - ((1 + e) - 1) is what rounding took from 1 + e, without which the smallest steps
-    would lose most of their digits."""
-    e = tl.exp2(x * LOG2E)
+    """log(1 + e^x) as max(x, 0) + log(1 + e^-|x|); x above 20. e - ((1 + e) - 1) is what rounding took from 1 + e,
+    without which the smallest steps would lose most of their digits."""
+    e = tl.exp2(tl.abs(x) * -LOG2E)
     w = 1. + e
-    return tl.where(x > 20., x, tl.log(w) + (e - (w - 1.)))
+    return tl.where(x > 20., x, tl.maximum(x, 0.) + (tl.log(w) + (e - (w - 1.))))
+
+
+@triton.jit
+def softplus_derivative(y):
+    """Of y = softplus(x), with respect to x."""
+    return tl.where(y > 20., 1., 1. - tl.exp2(y * -LOG2E))
 
 
 @triton.jit
@@ -53,8 +59,8 @@ def load_row(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr):
 
 @triton.jit
 def row(x, k: tl.constexpr, index):
-    """x[:, k] of a tile (a, b, c) whose middle axis, numbered by `index`, lies in the registers of one lane: a choice of
-    registers, no code. The detour by integers lets the compiler drop the zeros, which it may not with floats."""
+    """x[:, k] of a tile (a, b, c) whose middle axis, numbered by `index`, lies in the registers of one lane: a choice
+    of registers, no code. The detour by integers lets the compiler drop the zeros, which it may not with floats."""
     integer: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     bits = tl.sum(tl.where((index == k)[None, :, None], x.to(integer, bitcast=True), 0), 1)
     return bits.to(x.dtype, bitcast=True)
@@ -92,7 +98,7 @@ class Plan(NamedTuple):
     span: int  # tokens of a stretch, a multiple of STATE_STRIDE
 
 
-@lru_cache(maxsize=None)
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
@@ -140,7 +146,7 @@ def strides(x: torch.Tensor, *axes: int) -> Tuple[int, ...]:
 
 def plan(call: ScanCall, directions: int = 1, programs_per_processor: int = 8) -> Plan:
     """How to cut `call`, `directions` of whose directions run in parallel."""
-    batch, length, channels = call.u[0].shape
+    batch, length, channels = (max(1, size) for size in call.u[0].shape)
     groups = call.B[0].shape[2] if call.B[0].ndim == 4 else 1
     per_group = channels // groups
     wanted = programs_per_processor * processors(call.u[0].device)
@@ -160,14 +166,14 @@ def plan(call: ScanCall, directions: int = 1, programs_per_processor: int = 8) -
     return Plan(groups, per_group, block, blocks(block), triton.cdiv(length, span), span)
 
 
-def flags(call: ScanCall, p: Plan, vector: int) -> dict:
-    """The compile-time arguments that forward and backward kernels share; `vector` channels of a lane are neighbours."""
+def flags(call: ScanCall, p: Plan) -> dict:
+    """The compile-time arguments that all kernels of the scan share."""
     d_state = call.A[0].shape[1]
     return dict(
         N=d_state,
         N_POW2=triton.next_power_of_2(d_state),
         BLOCK=p.block,
-        VECTOR=vector,
+        VECTOR=p.block // 32,
         num_warps=1,
         num_stages=1,
     )
