@@ -17,11 +17,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from torch import nn
 from torch.nn import functional as F
 
 from ..layers import DtProj, float32_scan, init_dt, log_decay_init, state_decay
+from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
 

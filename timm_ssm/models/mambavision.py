@@ -25,7 +25,6 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     named_apply,
@@ -38,6 +37,7 @@ from torch.nn import functional as F
 
 from ..layers import DtProj, log_decay_init, state_decay
 from ..ops import causal_conv1d, selective_scan
+from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
 from ._timm import update_model_input_size
