@@ -500,6 +500,8 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.0', 'classifier': ('head', 'head_dist'),
+        'license': 'mit',
+        'notes': ('The weights are MIT by their repositories\' metadata, non-commercial by their model cards\' text.',),
         'origin_url': 'https://github.com/Amshaker/GroupMamba',
         'paper_name': 'GroupMamba: Efficient Group-Based Visual State Space Model',
         'paper_ids': 'arXiv:2407.13772',
@@ -515,7 +517,7 @@ default_cfgs = generate_default_cfgs({
     'groupmamba_base.in1k': _cfg(
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Base', hf_hub_filename='groupmamba_base_ema.pth'),
     'stable_groupmamba_small': _cfg(
-        origin_url='', paper_ids='arXiv:2409.11867',
+        license=None, notes=None, origin_url=None, paper_ids='arXiv:2409.11867',
         paper_name='StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos'),
 })
 
