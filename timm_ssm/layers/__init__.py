@@ -2,7 +2,7 @@
 from .bimamba import BiMamba
 from .norm import RmsNorm
 from .patch_embed import PatchEmbed, resample_patch_kernel
-from .ssm import CausalConv1d, DtProj, at_least_float32, init_dt, log_decay_init, state_decay
+from .ssm import CausalConv1d, DtProj, at_least_float32, float32_scan, init_dt, log_decay_init, state_decay
 
 __all__ = [
     'BiMamba',
@@ -11,6 +11,7 @@ __all__ = [
     'PatchEmbed',
     'RmsNorm',
     'at_least_float32',
+    'float32_scan',
     'init_dt',
     'log_decay_init',
     'resample_patch_kernel',

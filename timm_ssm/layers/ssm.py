@@ -1,12 +1,13 @@
 """Parameters that every Mamba mixer has."""
 import math
+from contextlib import nullcontext
 
 import torch
 from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import causal_conv1d
+from ..ops import causal_conv1d, selective_scan
 
 
 class DtProj(nn.Linear):
@@ -58,3 +59,26 @@ def state_decay(A_log: torch.Tensor) -> torch.Tensor:
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x, in float32 if it is of a half precision."""
     return x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
+
+
+@register_notrace_function
+def float32_scan(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor,
+        delta_bias: torch.Tensor,
+        reverse: bool = False,
+) -> torch.Tensor:
+    """`ops.selective_scan` of activations in float32 at least, under autocast too. Returns that dtype."""
+    u, delta = at_least_float32(u), at_least_float32(delta)
+    B, C = at_least_float32(B), at_least_float32(C)
+    if torch.jit.is_scripting():
+        return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)
+    else:
+        device = u.device.type
+        autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta knows no autocast
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)

@@ -8,11 +8,11 @@ StateDict = Dict[str, torch.Tensor]
 
 
 def unwrap_state_dict(state_dict: StateDict) -> StateDict:
-    """The parameters of a checkpoint: bare or under 'model', 'module' or 'state_dict', names without `module.`."""
+    """The parameters of a checkpoint: bare or under 'model', 'module' or 'state_dict', names without those prefixes."""
     for key in ('state_dict', 'model', 'module'):
         if isinstance(state_dict.get(key), dict):
             return unwrap_state_dict(state_dict[key])
-    return {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    return {k.removeprefix('module.').removeprefix('model.'): v for k, v in state_dict.items()}
 
 
 def check_fits(state_dict: StateDict, model: nn.Module, adaptable: Sequence[str] = ()) -> StateDict:

@@ -1,0 +1,122 @@
+"""What the hierarchical families share: timm's feature interface over a stem, stages and a final norm."""
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import nn
+
+
+class HierarchicalModel(nn.Module):
+    """Base of models made of a stem, stages that take and return maps (B, C, H, W), a final norm and a head.
+
+    A subclass sets num_classes, num_features, feature_info, stem, stages and norm, and defines reset_classifier and
+    forward_head. A stage has downsample, blocks and grad_checkpointing.
+    """
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that take no weight decay: A and D."""
+        return {n for n, _ in self.named_parameters() if n.rpartition('.')[2] in ('A_log', 'D')}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that put the stem in the first group and every block (or stage) in its own."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.norm', (99999,)),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, ...]]:
+        """The classifier head."""
+        return self.head
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Take last n stages if int, all if None, select matching indices if sequence.
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Stop iterating over stages when last desired intermediate hit.
+            output_fmt: 'NCHW' or 'NHWC', the layout of the intermediates.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            The final features (B, C, H, W) and a list of intermediates, or that list alone.
+        """
+        assert output_fmt in ('NCHW', 'NHWC'), 'Output format must be one of NCHW or NHWC.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        i = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last_index else x)
+
+        if output_fmt == 'NHWC':
+            intermediates = [y.permute(0, 2, 3, 1) for y in intermediates]
+        intermediates = [y.contiguous() for y in intermediates]
+        if intermediates_only:
+            return intermediates
+        if i == last_index:
+            x = self.forward_final(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        self.stages = self.stages[:max_index + 1]
+        self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_final(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's map (B, C, H, W) to the final features."""
+        return self.norm(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to the final features (B, C, H, W)."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.forward_final(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x

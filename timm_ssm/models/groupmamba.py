@@ -1,0 +1,554 @@
+"""GroupMamba: a hierarchical backbone whose channel groups scan the map in four directions; and StableGroupMamba.
+
+Papers:
+* `GroupMamba: Efficient Group-Based Visual State Space Model` - https://arxiv.org/abs/2407.13772
+* `StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos` - https://arxiv.org/abs/2409.11867
+
+GroupMamba authors' code and weights: https://github.com/Amshaker/GroupMamba
+
+This is an implementation from the papers; parameter values are those of the GroupMamba authors' checkpoints, names
+follow timm. StableGroupMamba has no public code or weights.
+"""
+import math
+import re
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
+from torch import nn
+from torch.nn import functional as F
+
+from ..layers import DtProj, float32_scan, init_dt, log_decay_init, state_decay
+from ._builder import build_model_with_cfg
+from ._checkpoints import check_fits, unwrap_state_dict
+from ._hierarchical import HierarchicalModel
+
+__all__ = ['GroupMamba']
+
+
+class GroupScan(nn.Module):
+    """Visual single selective scan (VSSS): a depthwise convolution and a gated scan of the map in one direction.
+
+    The scan has one state a channel and is float32 under autocast too, as in the authors' code.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            column_major: bool = False,
+            reverse: bool = False,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels.
+            column_major: Scan column after column instead of row after row.
+            reverse: Scan from the last position to the first.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.column_major = column_major
+        self.reverse = reverse
+        self.dt_rank = math.ceil(dim / 16)
+
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.x_proj = nn.Linear(dim, self.dt_rank + 2, bias=False, **dd)
+        self.dt_proj = DtProj(self.dt_rank, dim, **dd)
+        self.A_log = nn.Parameter(torch.empty(dim, 1, **dd))
+        self.D = nn.Parameter(torch.empty(dim, **dd))
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters that are this module's own, A and D."""
+        log_decay_init(self.A_log)
+        nn.init.ones_(self.D)
+
+    def init_dt(self) -> None:
+        """Initialise the step sizes as Mamba does."""
+        init_dt(self.dt_proj)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
+        # The tokens are laid out in the order of the scan. Whatever follows concerns single tokens, and the gate reads
+        # the columns through a view, so that nothing is copied on the way back.
+        x = x.permute(0, 3, 2, 1) if self.column_major else x.permute(0, 2, 3, 1)
+        B, rows, cols, C = x.shape
+        x = x.reshape(B, rows * cols, C).contiguous()
+        dt, B_t, C_t = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        y = float32_scan(
+            x, self.dt_proj(dt), state_decay(self.A_log), B_t, C_t, self.D, self.dt_proj.bias, self.reverse)
+        y = self.norm(y.to(self.norm.weight.dtype)).reshape(B, rows, cols, C)
+        if self.column_major:
+            y = y.transpose(1, 2)
+        return self.out_proj(F.silu(z) * y)
+
+
+class MapAttention(nn.Module):
+    """Self-attention over all positions of a map, in heads of 32 channels, without position embedding."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.attn = Attention(dim, max(1, dim // 32), qkv_bias=True, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        return self.attn(x.flatten(1, 2)).reshape(x.shape)
+
+
+class GroupMambaLayer(nn.Module):
+    """Modulated group Mamba layer: four channel groups, each scanned in its direction, and channel affinities."""
+
+    def __init__(
+            self,
+            dim: int,
+            attn_group: Optional[int] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels, a multiple of 4.
+            attn_group: Group that has self-attention instead of a scan.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if dim % 4:
+            raise ValueError(f'embed_dims: got {dim}, needs multiples of 4, for four channel groups')
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.fc1 = nn.Linear(dim, dim // 16, **dd)
+        self.fc2 = nn.Linear(dim // 16, dim, **dd)
+        self.mixers = nn.ModuleList([
+            MapAttention(dim // 4, **dd) if i == attn_group
+            else GroupScan(dim // 4, column_major=i % 2 == 1, reverse=i >= 2, **dd)
+            for i in range(4)
+        ])
+        self.skip_scale = nn.Parameter(torch.empty(1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameter that is this module's own, the scale."""
+        nn.init.ones_(self.skip_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        x = self.norm(x)
+        affinity = self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))).sigmoid()
+        groups = x.chunk(4, dim=-1)
+        y = torch.cat([mixer(groups[i]) for i, mixer in enumerate(self.mixers)], dim=-1)
+        y = y * self.skip_scale * x * affinity
+        return self.proj(self.norm(y))  # the norm of the input again, not a second one
+
+
+class ConvFfn(nn.Module):
+    """MLP with a depthwise convolution before its activation."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        x = self.fc1(x)
+        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(self.act(x))
+
+
+class GroupMambaBlock(nn.Module):
+    """x + mixer(x), then x + mlp(norm(x)); the mixer has its own norm."""
+
+    def __init__(
+            self,
+            dim: int,
+            mlp_ratio: float = 4.,
+            attn_group: Optional[int] = None,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels.
+            mlp_ratio: Hidden width of the MLP over dim.
+            attn_group: As in GroupMambaLayer.
+            drop_path: Stochastic depth.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.mixer = GroupMambaLayer(dim, attn_group=attn_group, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = ConvFfn(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        x = x + self.drop_path1(self.mixer(x))
+        x = x + self.drop_path2(self.mlp(self.norm(x)))
+        return x
+
+
+class PooledBlock(nn.Module):
+    """The block after pooling: x + norm(mixer(x)), then x + mlp(norm(x)), on a map of one position."""
+
+    def __init__(self, dim: int, mlp_ratio: float = 4., device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.mixer = GroupMambaLayer(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, 1, 1) -> (B, dim, 1, 1)"""
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.norm1(self.mixer(x))
+        x = x + self.mlp(self.norm2(x))
+        return x.permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2 and norm."""
+
+    def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.proj = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = nn.LayerNorm(out_dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_dim, H, W) -> (B, H / 2, W / 2, out_dim)"""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class GroupMambaStage(nn.Module):
+    """Downsampling, blocks and, but in the last stage, a norm."""
+
+    def __init__(
+            self,
+            in_dim: int,
+            out_dim: int,
+            blocks: List[nn.Module],
+            norm: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.downsample = Downsample(in_dim, out_dim, **dd)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(out_dim, eps=1e-6, **dd) if norm else nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_dim, H, W) -> (B, out_dim, H / 2, W / 2)"""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class GroupMamba(HierarchicalModel):
+    """GroupMamba, and StableGroupMamba with `attn_every`.
+
+    Takes images (B, C, H, W) of any size. The pooled features pass through a block of their own before the head, or
+    heads: with distillation there are two, whose logits are averaged, but returned as a pair while training after
+    `set_distilled_training()`.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            stem_dim: int = 32,
+            embed_dims: Sequence[int] = (64, 128, 348, 448),
+            depths: Sequence[int] = (3, 4, 9, 3),
+            mlp_ratios: Sequence[float] = (8., 8., 4., 4.),
+            attn_every: int = 0,
+            distillation: bool = True,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chans: Input channels.
+            num_classes: Classes of the heads; 0 for no head.
+            global_pool: 'avg', or '' to return the last stage's map: no pooling, block after it, norm, or head.
+            stem_dim: Channels inside the stem.
+            embed_dims: Channels of each stage, multiples of 4.
+            depths: Blocks of each stage.
+            mlp_ratios: Hidden width of the MLPs over the channels, of each stage.
+            attn_every: Every so many blocks of a stage but the first, self-attention replaces the scan of one channel
+                group, of the next group each time; 0 for no attention.
+            distillation: Have a second head, for a teacher's labels.
+            drop_rate: Dropout before the heads.
+            drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_pool(global_pool, num_classes)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.distillation = distillation
+        self.distilled_training = False
+
+        stem = []
+        for i, in_dim in enumerate((in_chans, stem_dim, stem_dim)):
+            kernel_size, stride = (7, 2) if i == 0 else (3, 1)
+            stem += [
+                nn.Conv2d(in_dim, stem_dim, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
+                nn.BatchNorm2d(stem_dim, **dd),
+                nn.ReLU(),
+            ]
+        self.stem = nn.Sequential(*stem)
+
+        dpr = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        self.feature_info = []
+        in_dim = stem_dim
+        num_attn = 0
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths)):
+            blocks = []
+            for j in range(depth):
+                attn_group = None
+                if attn_every and i > 0 and (j + 1) % attn_every == 0:
+                    attn_group = num_attn % 4
+                    num_attn += 1
+                blocks.append(GroupMambaBlock(dim, mlp_ratios[i], attn_group=attn_group, drop_path=dpr[i][j], **dd))
+            stages.append(GroupMambaStage(in_dim, dim, blocks, norm=i < len(depths) - 1, **dd))
+            self.feature_info.append(dict(module=f'stages.{i}', num_chs=dim, reduction=4 * 2 ** i))
+            in_dim = dim
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dim
+        self.pooled_block = PooledBlock(dim, mlp_ratios[-1], **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head, self.head_dist = self._heads(**dd)
+        self.init_weights(needs_reset=False)
+
+    def _heads(self, **dd) -> Tuple[nn.Module, Optional[nn.Module]]:
+        head = nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        if not self.distillation:
+            return head, None
+        return head, nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all parameters.
+
+        Args:
+            needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
+        """
+        named_apply(partial(_init_weights, needs_reset=needs_reset), self)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
+        """The classifier head, or both heads."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Return the logits of both heads, in training mode, instead of their mean."""
+        if not self.distillation:
+            raise ValueError('set_distilled_training: the model has one head; create it with distillation=True')
+        self.distilled_training = enable
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the heads by new ones.
+
+        Args:
+            num_classes: Classes; 0 for no head.
+            global_pool: Pooling as in the constructor; None to keep the current one.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool
+        _check_pool(global_pool, num_classes)
+        weight = self.stem[0].weight
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head_hidden_size = self.num_features
+        self.head, self.head_dist = self._heads(device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
+        if self.head_dist is not None:
+            self.head_dist.train(self.training)
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates."""
+        num_stages = len(self.stages)
+        take_indices = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        if prune_head or len(self.stages) < num_stages:
+            self.pooled_block = nn.Identity()
+        return take_indices
+
+    def forward_final(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's map as it is: the norm belongs to the pooled features."""
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features (B, C, H, W) to logits (B, num_classes), or to what the classifier would get."""
+        if self.global_pool == 'avg':
+            x = self.pooled_block(x.mean((2, 3), keepdim=True))
+            x = self.norm(x).flatten(1)
+        x = self.head_drop(x)
+        if pre_logits:
+            return x
+        if self.head_dist is None:
+            return self.head(x)
+        x, x_dist = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            # only return separate classification predictions when training in distilled mode
+            return x, x_dist
+        else:
+            return (x + x_dist) / 2
+
+
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    if global_pool not in ('', 'avg'):
+        raise ValueError(f"global_pool: got {global_pool!r}, needs 'avg' or ''")
+    if not global_pool and num_classes:
+        raise ValueError(f"global_pool: got '' with {num_classes} classes, needs 'avg', or num_classes 0")
+
+
+def _init_weights(module: nn.Module, name: str, needs_reset: bool) -> None:
+    """Children come before their parents."""
+    if needs_reset and hasattr(module, 'reset_parameters'):
+        module.reset_parameters()
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, GroupScan):
+        module.init_dt()
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GroupMamba) -> Dict[str, torch.Tensor]:
+    """The authors' or our own checkpoint to this model's names.
+
+    Two heads become their mean, which predicts the same, if the model has only one.
+    """
+    out = {}
+    for k, v in unwrap_state_dict(state_dict).items():
+        k = k.replace('dist_head.', 'head_dist.')
+        if k.startswith('patch_embed1.conv.'):
+            k = k.replace('patch_embed1.conv.', 'stem.')
+        k = re.sub(r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.', k)
+        k = re.sub(r'^norm([1-3])\.', lambda m: f'stages.{int(m[1]) - 1}.norm.', k)
+        k = k.replace('norm4.', 'norm.')
+        if k.startswith('block'):
+            k = re.sub(r'^block(\d)\.(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.{m[2]}.', k)
+            k = k.replace('.attn.', '.mixer.').replace('.norm2.', '.norm.').replace('.dwconv.dwconv.', '.dwconv.')
+        elif k.startswith('post_network.0.'):
+            k = k.replace('post_network.0.', 'pooled_block.').replace('.attn.', '.mixer.')
+        if '.mamba_g' in k:
+            k = re.sub(r'\.mamba_g(\d)\.', lambda m: f'.mixers.{int(m[1]) - 1}.', k)
+            if k.endswith(('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias')):
+                v = v.squeeze(0)
+            k = k.replace('x_proj_weight', 'x_proj.weight').replace('dt_projs_', 'dt_proj.')
+            k = k.replace('A_logs', 'A_log').replace('Ds', 'D').replace('out_norm.', 'norm.')
+        out[k] = v
+    if model.head_dist is None and 'head_dist.weight' in out:
+        for k in ('weight', 'bias'):
+            out[f'head.{k}'] = (out[f'head.{k}'] + out.pop(f'head_dist.{k}')) / 2
+    return check_fits(out, model, adaptable=('head.', 'head_dist.', 'stem.0.'))
+
+
+def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> GroupMamba:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model_with_cfg(
+        GroupMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0', 'classifier': ('head', 'head_dist'),
+        'license': 'mit',
+        'notes': ('The weights are MIT by their repositories\' metadata, non-commercial by their model cards\' text.',),
+        'origin_url': 'https://github.com/Amshaker/GroupMamba',
+        'paper_name': 'GroupMamba: Efficient Group-Based Visual State Space Model',
+        'paper_ids': 'arXiv:2407.13772',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'groupmamba_tiny.in1k': _cfg(
+        hf_hub_id='Abdelrahman-shaker/GroupMamba-Tiny', hf_hub_filename='groupmamba_tiny_ema.pth'),
+    'groupmamba_small.in1k': _cfg(
+        hf_hub_id='Abdelrahman-shaker/GroupMamba-Small', hf_hub_filename='groupmamba_small_ema.pth'),
+    'groupmamba_base.in1k': _cfg(
+        hf_hub_id='Abdelrahman-shaker/GroupMamba-Base', hf_hub_filename='groupmamba_base_ema.pth'),
+    'stable_groupmamba_small': _cfg(
+        license=None, notes=None, origin_url=None, paper_ids='arXiv:2409.11867',
+        paper_name='StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos'),
+})
+
+
+@register_model
+def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-T, 23 M parameters."""
+    model_args = dict(stem_dim=32, embed_dims=(64, 128, 348, 448), depths=(3, 4, 9, 3))
+    return _create_groupmamba('groupmamba_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-S, 35 M parameters."""
+    model_args = dict(stem_dim=64, embed_dims=(64, 128, 348, 512), depths=(3, 4, 16, 3))
+    return _create_groupmamba('groupmamba_small', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_base(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-B, 57 M parameters."""
+    model_args = dict(stem_dim=64, embed_dims=(96, 192, 424, 512), depths=(3, 6, 21, 3))
+    return _create_groupmamba('groupmamba_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def stable_groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """StableGroupMamba-S, 39 M parameters.
+
+    A reconstruction: the paper says that attention replaces one scan in eight and gives sizes. Here it does in every
+    second block of stages 2 to 4, in each of the four groups in turn, with heads of 32 channels, which gives them.
+    """
+    model_args = dict(stem_dim=64, embed_dims=(64, 128, 384, 512), depths=(3, 4, 16, 3), attn_every=2)
+    return _create_groupmamba('stable_groupmamba_small', pretrained, **dict(model_args, **kwargs))
