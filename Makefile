@@ -21,12 +21,14 @@ $(VENV)/installed: pyproject.toml setup.cfg
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(BIN)/python demo/make_digits.py $(DEMO)/digits
-	time -p $(BIN)/python train.py $(DEMO)/digits --config demo/digits.yaml --output $(DEMO) --experiment train
+	$(BIN)/python train.py $(DEMO)/digits --config demo/digits.yaml --output $(DEMO) --experiment train
 	$(BIN)/python validate.py $(DEMO)/digits --checkpoint $(DEMO)/train/model_best.pth.tar \
 		--results-file $(DEMO)/results.csv
 	$(BIN)/python demo/plot_summary.py $(DEMO)/train/summary.csv $(DEMO)/curve.png
 	$(BIN)/python demo/classify.py $(DEMO)/digits/validation/7_seven/450.png --checkpoint $(DEMO)/train/model_best.pth.tar
-	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar.'
+	@echo
+	@cat $(DEMO)/results.csv
+	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar, the learning curve $(DEMO)/curve.png.'
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
