@@ -499,6 +499,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
         if args.distributed and args.dist_bn and not args.sync_bn:
             utils.distribute_bn(model, args.world_size, reduce=args.dist_bn == 'reduce')
 
+    start = time.perf_counter()
     for epoch in range(start_epoch, stop_epoch):
         for part in (loader_train.dataset, loader_train.sampler):
             if hasattr(part, 'set_epoch'):
@@ -538,6 +539,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
                 wandb.log(row)
             _logger.info('  '.join(f'{k} {v:.6g}' for k, v in row.items()))
 
+    _logger.info(f'Done in {time.perf_counter() - start:.1f} s.')
     if checkpoints.history:
         epoch, metric = checkpoints.history[0]
         _logger.info(f'Best {args.eval_metric} {metric:.4f}, epoch {epoch}: {checkpoints.path("model_best")}')

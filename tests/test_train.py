@@ -27,6 +27,7 @@ MODEL = [
     '--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{k}={v}' for k, v in MODEL_KWARGS.items()),
     '--img-size', '8', '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--num-classes', '10',
 ]
+VIDEOMAMBA = ['--model', 'videomamba_tiny_patch16_224', '--model-kwargs', 'embed_dim=16', 'depth=2', 'patch_size=4']
 PLAIN = ['--device', 'cpu', '--workers', '0', '--batch-size', '16', '--warmup-epochs', '0', '--log-interval', '100']
 # everything that draws random numbers or keeps a state
 BUSY = [
@@ -90,7 +91,8 @@ class TestResume:
         [*BUSY, '--workers', '2', '--no-prefetcher', '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '3'],
         [*BUSY, '--amp', '--amp-dtype', 'float16', '--opt', 'lamb', '--sched', 'step', '--decay-epochs', '1'],
         ['--opt', 'momentum', '--lr', '0.1', '--val-split', '', '--mixup', '0.5', '--mixup-off-epoch', '2'],
-    ], ids=['busy', 'updates', 'bfloat16', 'float16', 'plain'])
+        [*BUSY, '--workers', '1', *VIDEOMAMBA],
+    ], ids=['busy', 'updates', 'bfloat16', 'float16', 'plain', 'videomamba'])
     def test_between_epochs(self, digits, tmp_path, flags):
         whole = run(digits, tmp_path / 'a', '--epochs', 3, *flags)
         run(digits, tmp_path / 'b', '--epochs', 3, *flags, '--stop-epoch', 1, '--resume', 'auto')

@@ -1,0 +1,37 @@
+# Needs Python 3.10 or later. PIP_FLAGS are for pip install, as in
+#   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = output/demo
+
+.PHONY: help demo test lint
+help:
+	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
+	@echo 'make test   run the tests'
+	@echo 'make lint   check the style'
+	@echo 'Each sets up $(VENV) first, where it is not there yet.'
+
+$(VENV)/installed: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(BIN)/python demo/make_digits.py $(DEMO)/digits
+	$(BIN)/python train.py $(DEMO)/digits --config demo/digits.yaml --output $(DEMO) --experiment train
+	$(BIN)/python validate.py $(DEMO)/digits --checkpoint $(DEMO)/train/model_best.pth.tar \
+		--results-file $(DEMO)/results.csv
+	$(BIN)/python demo/plot_summary.py $(DEMO)/train/summary.csv $(DEMO)/curve.png
+	$(BIN)/python demo/classify.py $(DEMO)/digits/validation/7_seven/450.png --checkpoint $(DEMO)/train/model_best.pth.tar
+	@echo
+	@cat $(DEMO)/results.csv
+	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar, the learning curve $(DEMO)/curve.png.'
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
