@@ -18,11 +18,6 @@ static void conv_backward_any(const Conv& c, int64_t task, void* scratch) {
         : conv_backward_task<R, 0>(c, task, scratch);
 }
 
-template <class R>
-static int64_t scan_scratch(const Scan& s) {
-    return Scratch<R>::bytes(s.d_state);
-}
-
 template <class Call, int64_t (*COUNT)(const Call&), int64_t (*SCRATCH)(const Call&),
           void (*RUN)(const Call&, int64_t, void*)>
 constexpr Kernel kernel() {
@@ -34,10 +29,10 @@ constexpr Kernel kernel() {
 }
 
 static const Kernels KERNELS = {
-    {kernel<Scan, forward_tasks<float>, scan_scratch<float>, forward_task<float>>(),
-     kernel<Scan, forward_tasks<double>, scan_scratch<double>, forward_task<double>>()},
-    {kernel<Scan, backward_tasks<float>, scan_scratch<float>, backward_task<float>>(),
-     kernel<Scan, backward_tasks<double>, scan_scratch<double>, backward_task<double>>()},
+    {kernel<Scan, forward_tasks<float>, Scratch<float>::bytes, forward_task<float>>(),
+     kernel<Scan, forward_tasks<double>, Scratch<double>::bytes, forward_task<double>>()},
+    {kernel<Scan, backward_tasks<float>, BackwardScratch<float>::bytes, backward_task<float>>(),
+     kernel<Scan, backward_tasks<double>, BackwardScratch<double>::bytes, backward_task<double>>()},
     {kernel<Conv, conv_forward_tasks<float>, ConvScratch<float>::bytes, conv_forward_any<float>>(),
      kernel<Conv, conv_forward_tasks<double>, ConvScratch<double>::bytes, conv_forward_any<double>>()},
     {kernel<Conv, conv_backward_tasks<float>, ConvScratch<float>::bytes, conv_backward_any<float>>(),

@@ -57,7 +57,7 @@ static int run(const Kernel& kernel, const void* call, int64_t threads) {
     // one thread must not enter an OpenMP region: in a forked process that would wait for threads that were not forked
 #pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : failed)
     {
-        void* scratch = calloc(size + 64, 1);
+        void* scratch = malloc(size + 64);
         failed = !scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++)

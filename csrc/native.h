@@ -44,7 +44,7 @@ struct Conv {
 };
 
 // What one instruction set offers, for float and double: how many tasks a call has, which may run in any order, the
-// scratch memory that a task needs (zeroed once, kept between tasks), and running one.
+// scratch memory that a task needs, and running one.
 struct Kernel {
     int64_t (*tasks)(const void* call);
     int64_t (*scratch)(const void* call);

@@ -43,12 +43,13 @@ INLINE void copy_rows(Rows<R> from, Rows<R> to, const Tile& tile) {
     for (int i = 0; i < tile.rows; i++) memcpy(to[i], from[i], tile.width * sizeof(R));
 }
 
-// Read access to a tile in whole vectors: in place, or through `buffer` (zeros beyond the width) where the channels end
-// within a vector.
+// Read access to a tile in whole vectors: in place, or through `buffer` where the channels end within a vector, with
+// zeros for those that are not there.
 template <class R>
 INLINE Rows<R> readable(const Tensor& x, const Tile& tile, R* buffer) {
     const Rows<R> rows = rows_of<R>(x, tile), copy = {buffer, BLOCK<R>};
     if (tile.width % LANES<R> == 0) return rows;
+    memset(buffer, 0, tile.rows * BLOCK<R> * sizeof(R));
     copy_rows(rows, copy, tile);
     return copy;
 }
@@ -71,25 +72,46 @@ INLINE Rows<R> states_of(const Tensor& x, const Tile& tile, int64_t group) {
     return {data + group * x.group_stride, tile.step * x.token_stride};
 }
 
-// Memory of one block: what does not fit in registers.
+// Memory of a task: what does not fit in registers.
 template <class R>
-struct Scratch {
+struct alignas(64) Scratch {
     typedef R Block[BLOCK<R>];
     typedef R TileBuffer[STRIDE * BLOCK<R>];
-    TileBuffer dt, dtu, y, buffers[8];
-    TileBuffer dy, du, slope, g_B, g_decay;
-    Block D, bias, dD, dbias, first;
-    // one vector's decays and states before each token; products whose sums over lanes are dB and dC
-    R decay[STRIDE * MAX_STATES_BACKWARD * LANES<R>], before[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
-    R dB[STRIDE * MAX_STATES_BACKWARD * LANES<R>], dC[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
-    R sums[STRIDE * MAX_STATES_BACKWARD];
-    R per_state[];  // A * log2(e), h, and for the backward pass g and dA: (N, BLOCK) each
+    TileBuffer dt, dtu, y, buffers[5];
+    Block D, bias, min_dt, max_dt, first;
+    R *A, *h;  // (d_state, BLOCK); A is times log2(e)
 
-    static int64_t bytes(int64_t d_state) { return sizeof(Scratch) + 4 * d_state * sizeof(Block); }
-    R* A() { return per_state; }
-    R* h(int64_t d_state) { return per_state + d_state * BLOCK<R>; }
-    R* g(int64_t d_state) { return per_state + 2 * d_state * BLOCK<R>; }
-    R* dA(int64_t d_state) { return per_state + 3 * d_state * BLOCK<R>; }
+    static int64_t bytes(const Scan& s) { return sizeof(Scratch) + 2 * s.d_state * sizeof(Block); }
+    static Scratch* in(void* memory, const Scan& s) {
+        Scratch* m = static_cast<Scratch*>(memory);
+        m->A = reinterpret_cast<R*>(m + 1);
+        m->h = m->A + s.d_state * BLOCK<R>;
+        return m;
+    }
+};
+
+template <class R>
+struct alignas(64) BackwardScratch : Scratch<R> {
+    typename Scratch<R>::TileBuffer dy, du, slope, g_B, g_decay, more_buffers[3];
+    typename Scratch<R>::Block dD, dbias;
+    // one vector's decays and states before each token; products whose sums over lanes are dB and dC
+    typedef R Products[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
+    Products decay, before, dB, dC;
+    R sums[STRIDE * MAX_STATES_BACKWARD];
+    R *g, *dA;  // (d_state, BLOCK)
+
+    static int64_t bytes(const Scan& s) {
+        return sizeof(BackwardScratch) + 4 * s.d_state * sizeof(typename Scratch<R>::Block);
+    }
+    static BackwardScratch* in(void* memory, const Scan& s) {
+        BackwardScratch* m = static_cast<BackwardScratch*>(memory);
+        const int64_t size = s.d_state * BLOCK<R>;
+        m->A = reinterpret_cast<R*>(m + 1);
+        m->h = m->A + size;
+        m->g = m->A + 2 * size;
+        m->dA = m->A + 3 * size;
+        return m;
+    }
 };
 
 // The blocks of one group of channels.
@@ -111,12 +133,26 @@ INLINE Tile tile_of(const Scan& s, const Direction& d, int64_t batch, int64_t ch
 template <class R>
 INLINE void load_parameters(const Scan& s, const Direction& d, int64_t channel, int width, Scratch<R>* m) {
     const R* A = static_cast<const R*>(d.A) + channel * s.d_state;
-    for (int64_t n = 0; n < s.d_state; n++)
-        for (int c = 0; c < BLOCK<R>; c++) m->A()[n * BLOCK<R> + c] = c < width ? A[c * s.d_state + n] * R(LOG2E) : 0;
     for (int c = 0; c < BLOCK<R>; c++) {
+        R least = -0., most = 0.;
+        for (int64_t n = 0; n < s.d_state; n++) {
+            const R a = c < width ? A[c * s.d_state + n] * R(LOG2E) : 0;
+            m->A[n * BLOCK<R> + c] = a;
+            least = a < least ? a : least;
+            most = a > most ? a : most;
+        }
+        // exp2 takes arguments up to 128. Where a state grows beyond that, it is infinite either way.
+        m->min_dt[c] = 128 / least;
+        m->max_dt[c] = 128 / most;
         m->D[c] = d.D && c < width ? static_cast<const R*>(d.D)[channel + c] : 0;
         m->bias[c] = d.bias && c < width ? static_cast<const R*>(d.bias)[channel + c] : 0;
     }
+}
+
+// dt within the limits of vector v's channels.
+template <class R>
+INLINE Vec<R> bounded(Vec<R> dt, const Scratch<R>* m, int v) {
+    return at_most(load(m->max_dt + v), at_least(load(m->min_dt + v), dt));
 }
 
 // Runs `call<K>(n)` for states n to n + K, with K a power of two of at most MAX.
@@ -155,7 +191,7 @@ struct Advance {
     Rows<R> B, C;
     template <int K>
     INLINE_MEMBER void operator()(int64_t n) const {
-        R *A = m->A() + n * BLOCK<R>, *h = m->h(d_state) + n * BLOCK<R>;
+        R *A = m->A + n * BLOCK<R>, *h = m->h + n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int v = 0; v < width; v += LANES<R>)
             advance<R, K, MASK>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
@@ -170,7 +206,7 @@ static void forward_direction(
     const Direction& d = s.direction[index];
     const bool last = index == s.directions - 1;
     const Tensor& sum = s.y.data ? s.y : s.out;
-    R* h = m->h(s.d_state);
+    R* h = m->h;
     load_parameters(s, d, channel, width, m);
     memset(h, 0, s.d_state * sizeof(typename Scratch<R>::Block));
     for (int64_t start = 0; start < s.length; start += STRIDE) {
@@ -195,7 +231,7 @@ static void forward_direction(
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
-                const Vec<R> dt = s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x;
+                const Vec<R> dt = bounded(s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x, m, v);
                 const Vec<R> skip = load(m->D + v) * ui;
                 store(m->dt + i * BLOCK<R> + v, dt);
                 store(m->dtu + i * BLOCK<R> + v, dt * ui);
@@ -240,8 +276,7 @@ static void forward_task(const Scan& s, int64_t task, void* scratch) {
     const int width = left < BLOCK<R> ? left : BLOCK<R>;
     for (int i = 0; i < s.directions; i++)
         forward_direction<R>(
-            s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width,
-            static_cast<Scratch<R>*>(scratch));
+            s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width, Scratch<R>::in(scratch, s));
 }
 
 // One vector of channels and K of its states through a tile and back.
@@ -250,7 +285,7 @@ static void forward_task(const Scan& s, int64_t task, void* scratch) {
 // g_t = C_t dy_t + a_{t+1} g_{t+1}, where a g is what `g_memory` carries from tile to tile.
 template <class R, int K, bool MASK>
 INLINE void retreat(int rows, int v, bool first, const R* A, const R* h_memory, R* g_memory, R* dA_memory,
-                    Rows<R> B, Rows<R> C, Scratch<R>* m) {
+                    Rows<R> B, Rows<R> C, BackwardScratch<R>* m) {
     constexpr int W = LANES<R>;
     Vec<R> h[K];
     for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
@@ -304,7 +339,7 @@ INLINE void retreat(int rows, int v, bool first, const R* A, const R* h_memory, 
 
 template <class R, bool MASK>
 struct Retreat {
-    Scratch<R>* m;
+    BackwardScratch<R>* m;
     int64_t d_state;
     int rows, width;
     Rows<R> B, C, dB, dC;
@@ -314,8 +349,8 @@ struct Retreat {
         const int64_t at = n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int v = 0; v < width; v += LANES<R>)
-            retreat<R, K, MASK>(rows, v, v == 0, m->A() + at + v, m->h(d_state) + at + v, m->g(d_state) + at + v,
-                                m->dA(d_state) + at + v, Bn, Cn, m);
+            retreat<R, K, MASK>(rows, v, v == 0, m->A + at + v, m->h + at + v, m->g + at + v,
+                                m->dA + at + v, Bn, Cn, m);
         reduce<K>(m->dB, dB, n);
         reduce<K>(m->dC, dC, n);
     }
@@ -329,12 +364,12 @@ struct Retreat {
 
 template <class R>
 static void backward_direction(const Scan& s, int index, int64_t batch, int64_t group, int64_t channel, int width,
-                               int64_t part, bool add, Scratch<R>* m) {
+                               int64_t part, bool add, BackwardScratch<R>* m) {
     constexpr int W = LANES<R>;
     const Direction& d = s.direction[index];
     const int64_t N = s.d_state;
     load_parameters(s, d, channel, width, m);
-    memset(m->g(N), 0, 2 * N * sizeof(m->D));
+    memset(m->h, 0, 3 * N * sizeof(m->D));
     memset(m->dD, 0, sizeof(m->dD));
     memset(m->dbias, 0, sizeof(m->dbias));
     for (int64_t start = (s.length - 1) / STRIDE * STRIDE; start >= 0; start -= STRIDE) {
@@ -344,7 +379,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const Rows<R> z = s.z.data ? readable(s.z, tile, m->buffers[3]) : Rows<R>{};
         const bool gate_gradient = s.z.data && index == 0;
         const Rows<R> y = gate_gradient ? readable(s.y, tile, m->buffers[4]) : Rows<R>{};
-        const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->buffers[5]) : Rows<R>{};
+        const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->more_buffers[0]) : Rows<R>{};
         if (start > 0) {
             const Tile next = tile_of<R>(s, d, batch, channel, width, start - STRIDE);
             prefetch<R>(d.u, next);
@@ -363,6 +398,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
                     slope = dt > splat(R(20)) ? slope : sigmoid<R>(dt, e);
                     dt = softplus<R>(dt, e);
                 }
+                dt = bounded(dt, m, v);
                 Vec<R> dy = load(grad[i] + v);
                 if (s.z.data) {
                     const Vec<R> zi = load(z[i] + v), gate = sigmoid<R>(zi);
@@ -382,7 +418,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         if (gate_gradient) finish(s.dz, tile, dz);
         const int64_t chunk = batch * ((s.length + STRIDE - 1) / STRIDE) + start / STRIDE;
         const R* h = static_cast<const R*>(d.states) + chunk * N * s.channels + channel;
-        for (int64_t n = 0; n < N; n++) memcpy(m->h(N) + n * BLOCK<R>, h + n * s.channels, width * sizeof(R));
+        for (int64_t n = 0; n < N; n++) memcpy(m->h + n * BLOCK<R>, h + n * s.channels, width * sizeof(R));
         if (d.mask_diagonal && start == 0) memset(m->dy, 0, sizeof(m->first));
         Tile part_tile = tile;
         part_tile.batch += part * s.batch;
@@ -392,7 +428,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
             for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add});
         else
             for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add});
-        const Rows<R> du = writable(d.du, tile, m->buffers[6]), ddelta = writable(d.ddelta, tile, m->buffers[7]);
+        const Rows<R> du = writable(d.du, tile, m->more_buffers[1]), ddelta = writable(d.ddelta, tile, m->more_buffers[2]);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const int at = i * BLOCK<R> + v;
@@ -406,12 +442,12 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         }
         if (s.residual && start == 0)
             for (int64_t n = 0; n < N; n++)
-                for (int c = 0; c < width; c++) du[0][c] += m->g(N)[n * BLOCK<R> + c];
+                for (int c = 0; c < width; c++) du[0][c] += m->g[n * BLOCK<R> + c];
         finish(d.du, tile, du);
         finish(d.ddelta, tile, ddelta);
     }
     R* to = static_cast<R*>(d.dparameters) + batch * (N + 2) * s.channels + channel;
-    for (int64_t n = 0; n < N; n++) memcpy(to + n * s.channels, m->dA(N) + n * BLOCK<R>, width * sizeof(R));
+    for (int64_t n = 0; n < N; n++) memcpy(to + n * s.channels, m->dA + n * BLOCK<R>, width * sizeof(R));
     memcpy(to + N * s.channels, m->dD, width * sizeof(R));
     memcpy(to + (N + 1) * s.channels, m->dbias, width * sizeof(R));
 }
@@ -432,6 +468,6 @@ static void backward_task(const Scan& s, int64_t task, void* scratch) {
         const int width = left < BLOCK<R> ? left : BLOCK<R>;
         for (int i = 0; i < s.directions; i++)
             backward_direction<R>(s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width, part,
-                                  block > first, static_cast<Scratch<R>*>(scratch));
+                                  block > first, BackwardScratch<R>::in(scratch, s));
     }
 }

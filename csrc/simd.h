@@ -57,20 +57,24 @@ INLINE Vec<R> splat(R x) {
 typedef Vec<float> Vf;
 typedef Vec<double> Vd;
 
-// The greater one, or x if it is NaN. Compilers make a compare and a blend of the plain expression.
-INLINE Vf at_least(Vf least, Vf x) {
-#if !defined(__x86_64__)
-    return x < least ? least : x;
-#elif VECTOR_BYTES == 64
-    return _mm512_max_ps(least, x);
+// x, or the limit if x is beyond it; x if it is NaN. Compilers make a compare and a blend of the plain expression.
+#if defined(__x86_64__)
+#if VECTOR_BYTES == 64
+#define INTRINSIC(NAME) _mm512_##NAME
 #elif VECTOR_BYTES == 32
-    return _mm256_max_ps(least, x);
+#define INTRINSIC(NAME) _mm256_##NAME
 #else
-    return _mm_max_ps(least, x);
+#define INTRINSIC(NAME) _mm_##NAME
 #endif
-}
-
-INLINE Vd at_least(Vd least, Vd x) { return x < least ? least : x; }
+INLINE Vf at_least(Vf limit, Vf x) { return INTRINSIC(max_ps)(limit, x); }
+INLINE Vf at_most(Vf limit, Vf x) { return INTRINSIC(min_ps)(limit, x); }
+#undef INTRINSIC
+#else
+INLINE Vf at_least(Vf limit, Vf x) { return x < limit ? limit : x; }
+INLINE Vf at_most(Vf limit, Vf x) { return x > limit ? limit : x; }
+#endif
+INLINE Vd at_least(Vd limit, Vd x) { return x < limit ? limit : x; }
+INLINE Vd at_most(Vd limit, Vd x) { return x > limit ? limit : x; }
 
 // 2^x for x <= 128 with a relative error below 2e-7, exact for integers and close to 1 for small x; 0 below -127.
 //

@@ -64,71 +64,82 @@ def refuses_conv(call: ConvCall) -> Optional[str]:
     return None if call.x.is_cpu else 'it runs on the CPU'
 
 
-def _run(name: str, fields: List[int]) -> None:
-    if getattr(_lib, f'timm_ssm_{name}')(struct.pack(f'{len(fields)}q', *fields)):
-        raise MemoryError(f'native: no memory left for {name}')
-
-
-def _head(dtype: torch.dtype) -> List[int]:
-    return [_isa, 1 if _forked else torch.get_num_threads(), dtype == torch.float64]
-
-
 _ABSENT = (0, 0, 0, 0)
 
 
-def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in the kernels' dtype and with its last dimension contiguous, itself wherever possible."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _fields(x: torch.Tensor) -> Tuple[int, int, int, int]:
-    """Address and strides of batch, token and group, as `Tensor` in native.h."""
+def _tensor(x: Optional[torch.Tensor]) -> Tuple[int, ...]:
+    """Address and strides of batch, token and group: `Tensor` in native.h."""
+    if x is None:
+        return _ABSENT
     strides = x.stride()
     return x.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def _scan_fields(call: ScanCall, parts: int, z, y, out, dz, directions: List[List]) -> List[int]:
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last dimension contiguous, itself wherever possible."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _run(name: str, dtype: torch.dtype, fields: List[int]) -> None:
+    fields = (_isa, 1 if _forked else torch.get_num_threads(), dtype == torch.float64, *fields)
+    if getattr(_lib, f'timm_ssm_{name}')(struct.pack(f'{len(fields)}q', *fields)):
+        raise MemoryError(f'native: no memory left for {name}')
+
+
+def _run_scan(
+        name: str,
+        call: ScanCall,
+        out: torch.Tensor,
+        y: Optional[torch.Tensor],
+        states: Optional[torch.Tensor],
+        parts: int = 1,
+        dz: Optional[torch.Tensor] = None,
+        grads: Optional[List[List[torch.Tensor]]] = None,
+) -> None:
+    """Pack `Scan` of native.h and run it. `out` is the incoming gradient in a backward pass."""
     batch, length, channels = call.u[0].shape
-    fields = _head(out.dtype)
-    fields += (
-        batch, length, channels, call.B[0].shape[2] if call.B[0].ndim == 4 else 1, call.A[0].shape[1], len(call.u),
-        call.delta_softplus, call.residual, parts)
-    for x in (z, y, out, dz):
-        fields += _ABSENT if x is None else _fields(x)
-    for i, (u, delta, B, C, states, grads) in enumerate(directions):
-        for x in (u, delta, B, C):
-            fields += _fields(x)
+    groups, d_state = call.B[0].shape[2] if call.B[0].ndim == 4 else 1, call.A[0].shape[1]
+    inputs = [[_rows(x) for x in xs] for xs in (call.u, call.delta, call.B, call.C)]
+    z = call.z if call.z is None else _rows(call.z)
+    fields = [
+        batch, length, channels, groups, d_state, len(call.u), call.delta_softplus, call.residual, parts,
+        *_tensor(z), *_tensor(y), *_tensor(out), *_tensor(dz),
+    ]
+    for i in range(len(call.u)):
+        for xs in inputs:
+            fields += _tensor(xs[i])
         fields += (
             call.A[i].data_ptr(), call.D[i].data_ptr() if call.D else 0,
-            call.delta_bias[i].data_ptr() if call.delta_bias else 0,
-            0 if states is None else states.data_ptr(), call.reverse[i], call.mask_diagonal[i])
-        if grads is not None:
-            *tensors, dparameters = grads
-            for x in tensors:
-                fields += _fields(x)
-            fields.append(dparameters.data_ptr())
-        else:
+            call.delta_bias[i].data_ptr() if call.delta_bias else 0, 0 if states is None else states[i].data_ptr(),
+            call.reverse[i], call.mask_diagonal[i])
+        if grads is None:
             fields += _ABSENT * 4 + (0,)
-    return fields
+        else:
+            *tensors, dparameters = grads[i]
+            for x in tensors:
+                fields += _tensor(x)
+            fields.append(dparameters.data_ptr())
+    _run(name, out.dtype, fields)
+
+
+def _wide_scan(call: ScanCall) -> ScanCall:
+    """`call` with activations in float32."""
+    lists = {name: [x.float() for x in getattr(call, name)] for name in ('u', 'delta', 'B', 'C')}
+    return call._replace(**lists, z=call.z if call.z is None else call.z.float())
 
 
 def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `call`; see `ops.selective_scan` for what is returned."""
     u = call.u[0]
-    dtype, acc = u.dtype, acc_dtype(u.dtype)
+    if u.dtype != acc_dtype(u.dtype):
+        out, y, states = scan_forward(_wide_scan(call), save)
+        return out.to(u.dtype), y.to(u.dtype), states
+    out = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y = torch.empty_like(out) if save and call.z is not None else out.new_empty(0)
     states = call.new_states(save)
-    out = torch.empty(u.shape, dtype=acc)
-    y = torch.empty(u.shape if save and call.z is not None else 0, dtype=acc)
     if out.numel():
-        directions = [
-            [_readable(x[i], acc) for x in (call.u, call.delta, call.B, call.C)] + [states[i] if save else None, None]
-            for i in range(len(call.u))
-        ]
-        z = None if call.z is None else _readable(call.z, acc)
-        _run('scan_forward', _scan_fields(call, 1, z, y if y.numel() else None, out, None, directions))
-    return out.to(dtype), y.to(dtype), states
+        _run_scan('scan_forward', call, out, y if y.numel() else None, states if save else None)
+    return out, y, states
 
 
 def scan_backward(
@@ -138,61 +149,67 @@ def scan_backward(
         states: torch.Tensor,
 ) -> Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]:
     """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
-    dtype, acc = grad_out.dtype, acc_dtype(grad_out.dtype)
+    dtype = grad_out.dtype
+    if dtype != acc_dtype(dtype):
+        grads, dz = scan_backward(_wide_scan(call), grad_out.float(), y.float(), states)
+        for g in grads:
+            for i in (0, 1, 3, 4):
+                g[i] = g[i].to(dtype)
+        return grads, dz if dz is None else dz.to(dtype)
+
     batch, length, channels = grad_out.shape
     d_state, groups = call.A[0].shape[1], call.B[0].shape[2] if call.B[0].ndim == 4 else 1
     # Channels share dB and dC: each part of them sums its own, and there are enough parts to keep many threads busy.
     parts = max(1, min(128 // max(1, batch * groups), channels // groups // 32))
-    new = torch.zeros if grad_out.numel() == 0 else torch.empty
-    directions = []
-    for i in range(len(call.u)):
-        grads = [new(batch, length, channels, dtype=acc) for _ in range(2)]
-        grads += [new(parts * batch, length, groups, d_state, dtype=acc) for _ in range(2)]
-        grads.append(new(batch, d_state + 2, channels, dtype=acc))
-        directions.append(
-            [_readable(x[i], acc) for x in (call.u, call.delta, call.B, call.C)] + [states[i], grads])
-    z = dz = None
-    if call.z is not None:
-        z, dz = _readable(call.z, acc), new(grad_out.shape, dtype=acc)
+    new = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros
+    shapes = [grad_out.shape] * 2 + [(parts * batch, length, groups, d_state)] * 2 + [(batch, d_state + 2, channels)]
+    grads = [[new(shape) for shape in shapes] for _ in call.u]
+    dz = None if call.z is None else new(grad_out.shape)
     if grad_out.numel():
-        y, grad = None if z is None else _readable(y, acc), _readable(grad_out, acc)
-        _run('scan_backward', _scan_fields(call, parts, z, y, grad, dz, directions))
+        _run_scan(
+            'scan_backward', call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz, grads)
 
     results = []
-    for i, (*_, grads) in enumerate(directions):
-        du, ddelta, dB, dC, dparameters = grads
-        dB, dC = (x.view(parts, *call.B[i].shape).sum(0) if parts > 1 else x.view(call.B[i].shape) for x in (dB, dC))
+    for i, (du, ddelta, dB, dC, dparameters) in enumerate(grads):
+        shape = call.B[i].shape
+        dB, dC = (x.view(parts, *shape).sum(0) if parts > 1 else x.view(shape) for x in (dB, dC))
         dparameters = dparameters.sum(0)
-        result = [du.to(dtype), ddelta.to(dtype), dparameters[:d_state].t().contiguous(), dB.to(dtype), dC.to(dtype)]
+        result = [du, ddelta, dparameters[:d_state].t().contiguous(), dB, dC]
         if call.D:
             result.append(dparameters[d_state].clone())
         if call.delta_bias:
             result.append(dparameters[d_state + 1].clone())
         results.append(result)
-    return results, None if dz is None else dz.to(dtype)
+    return results, dz
 
 
-def _conv_fields(call: ConvCall, x, dx, outs, dparameters) -> List[int]:
-    batch, length, channels = x.shape
-    fields = _head(x.dtype)
-    fields += (batch, length, channels, call.weight[0].shape[1], len(outs), call.silu, call.centered)
-    fields += _fields(x)
-    fields += _ABSENT if dx is None else _fields(dx)
+def _run_conv(
+        name: str,
+        call: ConvCall,
+        outs: List[torch.Tensor],
+        dx: Optional[torch.Tensor] = None,
+        dparameters: Optional[List[torch.Tensor]] = None,
+) -> None:
+    """Pack `Conv` of native.h and run it. `outs` are the incoming gradients in a backward pass."""
+    x, outs = _rows(call.x), [_rows(out) for out in outs]
+    fields = [
+        *x.shape, call.weight[0].shape[1], len(outs), call.silu, call.centered, *_tensor(x), *_tensor(dx)]
     for i, out in enumerate(outs):
         fields += (
-            call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i], *_fields(out),
+            call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i], *_tensor(out),
             dparameters[i].data_ptr() if dparameters else 0)
-    return fields
+    _run(name, x.dtype, fields)
 
 
 def conv_forward(call: ConvCall) -> List[torch.Tensor]:
     """Run `call`: one output a direction."""
-    dtype, acc = call.x.dtype, acc_dtype(call.x.dtype)
-    outs = [torch.empty(call.x.shape, dtype=acc) for _ in call.weight]
-    if call.x.numel():
-        x = _readable(call.x, acc)
-        _run('conv_forward', _conv_fields(call, x, None, outs, None))
-    return [out.to(dtype) for out in outs]
+    x = call.x
+    if x.dtype != acc_dtype(x.dtype):
+        return [out.to(x.dtype) for out in conv_forward(call._replace(x=x.float()))]
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in call.weight]
+    if x.numel():
+        _run_conv('conv_forward', call, outs)
+    return outs
 
 
 def conv_backward(
@@ -200,16 +217,17 @@ def conv_backward(
         grad_outs: List[torch.Tensor],
 ) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
     """Gradients of x (summed over directions), of the weights and of the biases of `call`."""
-    dtype, acc = call.x.dtype, acc_dtype(call.x.dtype)
-    batch, _, channels = call.x.shape
+    x = call.x
+    if x.dtype != acc_dtype(x.dtype):
+        dx, *dparameters = conv_backward(call._replace(x=x.float()), [g.float() for g in grad_outs])
+        return dx.to(x.dtype), *dparameters
     kernel_size = call.weight[0].shape[1]
-    new = torch.zeros if call.x.numel() == 0 else torch.empty
-    dx = new(call.x.shape, dtype=acc)
-    dparameters = [new(batch, kernel_size + 1, channels, dtype=acc) for _ in call.weight]
-    if call.x.numel():
-        x, grad_outs = _readable(call.x, acc), [_readable(g, acc) for g in grad_outs]
-        _run('conv_backward', _conv_fields(call, x, dx, grad_outs, dparameters))
+    new = x.new_empty if x.numel() else x.new_zeros
+    dx = new(x.shape)
+    dparameters = [new((x.shape[0], kernel_size + 1, x.shape[2])) for _ in call.weight]
+    if x.numel():
+        _run_conv('conv_backward', call, grad_outs, dx, dparameters)
     dparameters = [p.sum(0) for p in dparameters]
     return (
-        dx.to(dtype), [p[:kernel_size].t().contiguous() for p in dparameters],
+        dx, [p[:kernel_size].t().contiguous() for p in dparameters],
         [p[kernel_size].clone() for p in dparameters] if call.bias else [])
