@@ -1,6 +1,6 @@
 """Mixers and blocks that several families share."""
 from .bimamba import BiMamba
-from .norm import RmsNorm
+from .norm import LayerNorm, RmsNorm
 from .patch_embed import PatchEmbed, resample_patch_kernel
 from .ssm import CausalConv1d, DtProj, at_least_float32, float32_scan, init_dt, log_decay_init, state_decay
 
@@ -8,6 +8,7 @@ __all__ = [
     'BiMamba',
     'CausalConv1d',
     'DtProj',
+    'LayerNorm',
     'PatchEmbed',
     'RmsNorm',
     'at_least_float32',

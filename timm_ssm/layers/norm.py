@@ -18,3 +18,11 @@ class RmsNorm(nn.RMSNorm):
         else:
             x = F.rms_norm(x, self.normalized_shape, weight, self.eps)
         return x.to(self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of a stream that may be more precise than the model: the result has the dtype of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)

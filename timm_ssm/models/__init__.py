@@ -1,7 +1,10 @@
 """The model families, one file each; importing this package registers them with timm."""
 from .groupmamba import GroupMamba
 from .mambavision import MambaVision
+from .stablemamba import StableMamba
+from .stvideomamba import STVideoMamba
 from .videomamba import VideoMamba
+from .videomambapro import VideoMambaPro
 from .vim import Vim
 
-__all__ = ['GroupMamba', 'MambaVision', 'VideoMamba', 'Vim']
+__all__ = ['GroupMamba', 'MambaVision', 'STVideoMamba', 'StableMamba', 'VideoMamba', 'VideoMambaPro', 'Vim']

@@ -24,6 +24,12 @@ from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
 __all__ = ['Vim']
 
 
+def class_token_first(x: torch.Tensor) -> torch.Tensor:
+    """Move the class token of (B, 1 + M, C), which stands behind M // 2 patches, to the front."""
+    middle = (x.shape[1] - 1) // 2
+    return torch.cat((x[:, middle:middle + 1], x[:, :middle], x[:, middle + 1:]), dim=1)
+
+
 class Vim(VideoMamba):
     """Vision Mamba.
 
@@ -40,15 +46,14 @@ class Vim(VideoMamba):
         return torch.cat((x[:, 1:1 + middle], x[:, :1], x[:, 1 + middle:]), dim=1)
 
     def _restore(self, x: torch.Tensor) -> torch.Tensor:
-        middle = (x.shape[1] - 1) // 2
-        return torch.cat((x[:, middle:middle + 1], x[:, :middle], x[:, middle + 1:]), dim=1)
+        return class_token_first(x)
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
     """The authors' or our own checkpoint to this model's names, resampled to its patch and input size."""
     state_dict = unwrap_state_dict(state_dict)
     if 'norm_f.weight' in state_dict and 'pos_embed' in state_dict:  # the authors' keep the class row in the middle
-        state_dict['pos_embed'] = model._restore(state_dict['pos_embed'])
+        state_dict['pos_embed'] = class_token_first(state_dict['pos_embed'])
     return videomamba_filter_fn(state_dict, model)
 
 

@@ -1,0 +1,219 @@
+"""VideoMambaPro: VideoMamba with a residual scan and a masked diagonal.
+
+Paper: `Snakes and Ladders: Two Steps Up for VideoMamba` - https://arxiv.org/abs/2406.19006
+
+Authors' code: https://github.com/hotfinda/VideoMambaPro
+
+Both directions start from their first token instead of zero (residual SSM), and the reverse one leaves a token's own
+contribution out, so that the sum of both does not count it twice (masked backward computation). This is an
+implementation from the paper. The mixers of the authors' released code differ from its text and from one another;
+`mixer_mode` builds them. The weights are not on the Hub: load a local file with
+`create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file=...))`.
+"""
+from functools import partial
+from typing import Any, Dict, Optional
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+
+from ._builder import build_model_with_cfg
+from ._checkpoints import StateDict, unwrap_state_dict
+from .videomamba import MambaBlock, VideoMamba
+from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
+
+__all__ = ['VideoMambaPro']
+
+# What a mode means for BiMamba; the residual scan is common to all.
+MIXER_MODES = {
+    'paper': dict(share='x_proj', mask_diagonal=True),
+    'v1': dict(share='all', scan_conv=False, mask_diagonal=True),
+    'v2': dict(scan_conv=False, mask_diagonal=False),
+}
+
+
+class VideoMambaPro(VideoMamba):
+    """VideoMambaPro, for images and clips."""
+
+    def __init__(
+            self,
+            *args,
+            mixer_mode: str = 'paper',
+            residual: bool = True,
+            mask_diagonal: Optional[bool] = None,
+            **kwargs,
+    ) -> None:
+        """Take the arguments of `VideoMamba` and these.
+
+        Args:
+            mixer_mode: 'paper': two sets of convolution, dt_proj, A and D and one x_proj, which is what gives the
+                paper's parameter counts. 'v1', 'v2': the mixers of the released code, which scan the input projection
+                instead of the convolution's output; in 'v1' only A is there twice and the reverse scan reuses all else,
+                'v2' has two full sets and no mask.
+            residual: Start both scans from their first token.
+            mask_diagonal: Leave a token's own contribution out of the reverse scan; None for what the mode does.
+        """
+        if mixer_mode not in MIXER_MODES:
+            raise ValueError(f"mixer_mode: got {mixer_mode!r}, needs 'paper', 'v1' or 'v2'")
+        mixer = dict(MIXER_MODES[mixer_mode], residual=residual)
+        if mask_diagonal is not None:
+            mixer['mask_diagonal'] = mask_diagonal
+        super().__init__(*args, block_fn=partial(MambaBlock, **mixer), **kwargs)
+        self.mixer_mode = mixer_mode
+
+
+def _find_mixer_mode(state_dict: StateDict) -> Optional[str]:
+    """The mode whose parameters a checkpoint has."""
+    leaves = {k.rpartition('.mixer.')[2] for k in state_dict if '.mixer.' in k}
+    if not leaves:
+        return None
+    if 'x_proj_b.weight' in leaves:
+        return 'v2'
+    return 'paper' if 'conv1d_b.weight' in leaves else 'v1'
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: VideoMambaPro, inflation: str = 'center') -> StateDict:
+    """As VideoMamba's; a checkpoint of another mixer mode is refused, and the error says which mode it is."""
+    state_dict = unwrap_state_dict(state_dict)
+    mode = _find_mixer_mode(state_dict)
+    if mode is not None and mode != model.mixer_mode:
+        raise ValueError(
+            f'checkpoint: it has the parameters of mixer_mode {mode!r}, the model those of {model.mixer_mode!r}: '
+            f'build the model with mixer_mode={mode!r}')
+    return videomamba_filter_fn(state_dict, model, inflation)
+
+
+def _create_videomambapro(variant: str, pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    out_indices = kwargs.pop('out_indices', 3)
+    inflation = kwargs.pop('inflation', 'center')
+    return build_model_with_cfg(
+        VideoMambaPro,
+        variant,
+        pretrained,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, inflation=inflation),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'origin_url': 'https://github.com/hotfinda/VideoMambaPro',
+        'paper_name': 'Snakes and Ladders: Two Steps Up for VideoMamba', 'paper_ids': 'arXiv:2406.19006',
+        **kwargs,
+    }
+
+
+def _clip_cfg() -> Dict[str, Any]:
+    return _cfg(num_classes=400, crop_pct=1.0, interpolation='bilinear', first_conv=None)
+
+
+default_cfgs = generate_default_cfgs({
+    'videomambapro_tiny_patch16_224.untrained': _cfg(),
+    'videomambapro_small_patch16_224.untrained': _cfg(),
+    'videomambapro_middle_patch16_224.untrained': _cfg(),
+    'videomambapro_tiny_patch16_f8_224.untrained': _clip_cfg(),
+    'videomambapro_tiny_patch16_f16_224.untrained': _clip_cfg(),
+    'videomambapro_tiny_patch16_f32_224.untrained': _clip_cfg(),
+    'videomambapro_small_patch16_f8_224.untrained': _clip_cfg(),
+    'videomambapro_small_patch16_f16_224.untrained': _clip_cfg(),
+    'videomambapro_small_patch16_f32_224.untrained': _clip_cfg(),
+    'videomambapro_middle_patch16_f8_224.untrained': _clip_cfg(),
+    'videomambapro_middle_patch16_f16_224.untrained': _clip_cfg(),
+    'videomambapro_middle_patch16_f32_224.untrained': _clip_cfg(),
+})
+
+
+@register_model
+def videomambapro_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-Ti, 6.7 M parameters."""
+    model_args = dict(embed_dim=192, depth=24)
+    return _create_videomambapro('videomambapro_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_tiny_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-Ti for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=192, depth=24)
+    return _create_videomambapro('videomambapro_tiny_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_tiny_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-Ti for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=192, depth=24)
+    return _create_videomambapro('videomambapro_tiny_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_tiny_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-Ti for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=192, depth=24)
+    return _create_videomambapro('videomambapro_tiny_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_small_patch16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-S, 25 M parameters."""
+    model_args = dict(embed_dim=384, depth=24)
+    return _create_videomambapro('videomambapro_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_small_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-S for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=384, depth=24)
+    return _create_videomambapro('videomambapro_small_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_small_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-S for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=384, depth=24)
+    return _create_videomambapro('videomambapro_small_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_small_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-S for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=384, depth=24)
+    return _create_videomambapro('videomambapro_small_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_middle_patch16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-M, 72 M parameters."""
+    model_args = dict(embed_dim=576, depth=32)
+    return _create_videomambapro('videomambapro_middle_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_middle_patch16_f8_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-M for clips of 8 frames."""
+    model_args = dict(num_frames=8, embed_dim=576, depth=32)
+    return _create_videomambapro('videomambapro_middle_patch16_f8_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_middle_patch16_f16_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-M for clips of 16 frames."""
+    model_args = dict(num_frames=16, embed_dim=576, depth=32)
+    return _create_videomambapro('videomambapro_middle_patch16_f16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def videomambapro_middle_patch16_f32_224(pretrained: bool = False, **kwargs) -> VideoMambaPro:
+    """VideoMambaPro-M for clips of 32 frames."""
+    model_args = dict(num_frames=32, embed_dim=576, depth=32)
+    return _create_videomambapro('videomambapro_middle_patch16_f32_224', pretrained, **dict(model_args, **kwargs))
+
+
+register_model_deprecations(__name__, {
+    'videomambapro_t16_in1k': 'videomambapro_tiny_patch16_224',
+    'videomambapro_s16_in1k': 'videomambapro_small_patch16_224',
+    'videomambapro_m16_in1k': 'videomambapro_middle_patch16_224',
+})
