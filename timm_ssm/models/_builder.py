@@ -9,6 +9,7 @@ from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import load_pretrained, resolve_pretrained_cfg
 from torch import nn
 
+from ._checkpoints import CheckpointMismatch
 from ._files import check_download, check_file
 
 __all__ = ['build_model_with_cfg']
@@ -41,7 +42,7 @@ def build_model_with_cfg(model_cls, variant: str, pretrained: bool, **kwargs) ->
     except Exception as e:
         if weights.name in str(e) or not _is_about_weights(e):
             raise
-        kind = ValueError if type(e) is ValueError else RuntimeError
+        kind = ValueError if isinstance(e, CheckpointMismatch) else RuntimeError
         raise kind(f'{variant}: cannot load {weights.describe()}: {weights.explain(e)}') from e
 
 
@@ -84,7 +85,7 @@ class _Weights:
         reason = (str(error).strip().splitlines() or [''])[0]
         if isinstance(error.__cause__, pickle.UnpicklingError) and 'Unsupported globals' not in reason:
             reason = 'it is no checkpoint, or damaged'  # timm takes any failure of unpickling for unsafe content
-        elif type(error) not in (RuntimeError, ValueError):
+        elif type(error) not in (RuntimeError, CheckpointMismatch):
             reason = f'{type(error).__name__} {reason}'.strip()
             if not self.repo_id or self.cached():
                 reason = f'it is no checkpoint, or damaged ({reason})'
