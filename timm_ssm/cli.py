@@ -4,7 +4,7 @@ import json
 import sys
 from typing import List, Optional
 
-# the work is imported where it is done: `timm-ssm --help` answers at once
+# the work is imported where it is done: help and usage errors need none of it
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def _list(args: argparse.Namespace) -> None:
         [r['name'], _number(r['top1']), f'{r["params"] / 1e6:.1f}', _number(r['gmacs']),
          '×'.join(str(s) for s in r['input_size'][1:]), r['license'] or '', 'yes' if r['cached'] else '']
         for r in rows]
-    print(zoo.table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached']))
+    print(zoo.table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached'], right=(1, 2, 3, 4)))
 
 
 def _number(x: Optional[float]) -> str:

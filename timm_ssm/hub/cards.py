@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import nn
 from tqdm import tqdm
 
 from ..models.published import PUBLISHED
-from .zoo import datasets, list_names, meta_model
+from .zoo import datasets, list_names, meta_model, num_frames
 
 # by arXiv number
 CITATIONS = {
@@ -51,6 +52,7 @@ _HUB_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0
 
 def model_config(
         name: str,
+        model: nn.Module,
         model_args: Optional[Dict[str, Any]] = None,
         label_names: Optional[List[str]] = None,
 ) -> Dict[str, Any]:
@@ -58,11 +60,11 @@ def model_config(
 
     Args:
         name: Pretrained tag, or model for weights of other origin.
+        model: The model, with or without values.
         model_args: Arguments in which the model differs from its defaults.
         label_names: Names of the classes, in order, where they are not ImageNet's.
     """
     model_args = dict(model_args or {})
-    model = meta_model(name, **model_args)
     cfg = {**get_pretrained_cfg(name.partition('.')[0]).to_dict(), **model.pretrained_cfg}
     for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
         cfg.pop(key, None)
@@ -100,23 +102,24 @@ def to_json(config: Dict[str, Any]) -> str:
     return json.dumps(config, indent=2) + '\n'
 
 
-def card(name: str, config: Dict[str, Any], params: int) -> str:
+def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
     """The model card.
 
     Args:
         name: Pretrained tag, or model for weights of other origin.
         config: Content of config.json.
-        params: Number of parameters.
+        model: The model, with or without values.
     """
     cfg, (architecture, _, tag) = config['pretrained_cfg'], name.partition('.')
     published = PUBLISHED.get(name)
     trained_on, paper_id = datasets(tag), cfg['paper_ids'].removeprefix('arXiv:')
-    clips = '_f' in architecture and re.search(r'_f\d+_', architecture)
+    params, frames = sum(p.numel() for p in model.parameters()), num_frames(model)
+    task = 'video-classification' if frames > 1 else 'image-classification'
     family = sys.modules[model_entrypoint(architecture).__module__].__doc__.partition('\n')[0].rstrip('.')
 
     license_name = cfg.get('license')
-    header = ['tags:', f'- {"video" if clips else "image"}-classification', '- timm', '- mamba', '- state-space-model',
-              f'pipeline_tag: {"video" if clips else "image"}-classification', 'library_name: timm']
+    header = [
+        'tags:', f'- {task}', '- timm', '- mamba', '- state-space-model', f'pipeline_tag: {task}', 'library_name: timm']
     if license_name in _HUB_LICENSES:
         header.append(f'license: {license_name}')
     elif license_name:
@@ -124,11 +127,12 @@ def card(name: str, config: Dict[str, Any], params: int) -> str:
     if trained_on:
         header += ['datasets:', *(f'- {d.lower().replace(" ", "-")}' for d in trained_on)]
 
+    content = f'clips of {frames} frames' if frames > 1 else 'images'
     size = ' × '.join(str(s) for s in cfg['input_size'][1:])
     details = [
         f'- **Architecture:** {architecture} of `timm-ssm`. {family}.',
         f'- **Parameters:** {params:,} ({params / 1e6:.1f} M)',
-        f'- **Input:** {"frames" if clips else "images"} of {size} pixels, {config["num_classes"]} classes',
+        f'- **Input:** {content} of {size} pixels, {config["num_classes"]} classes',
         f'- **Paper:** {cfg["paper_name"]}, https://arxiv.org/abs/{paper_id}',
     ]
     if published and published.gmacs:
@@ -141,21 +145,21 @@ def card(name: str, config: Dict[str, Any], params: int) -> str:
         non_commercial = ': not for commercial use' if re.search(r'\bnc\b', license_name.lower()) else ''
         details.append(f'- **Licence of the weights:** {license_name}{non_commercial}')
 
-    results = 'No accuracy is published for these weights.'
+    results = 'No accuracy of these weights is recorded here; see the paper.' if tag else 'Not measured.'
     if published and published.top1 is not None:
         note = f' ({published.note})' if published.note else ''
         results = (f'| {trained_on[-1]} top-1 | published by |\n| --- | --- |\n'
                    f'| {published.top1:.1f} % | {published.by}{note} |')
 
-    if clips:
-        run = f'x = torch.randn(1, 3, {_frames(name)}, {cfg["input_size"][1]}, {cfg["input_size"][2]})  # a clip'
+    if frames > 1:
+        run = f'x = torch.randn(1, 3, {frames}, {cfg["input_size"][1]}, {cfg["input_size"][2]})  # a clip'
         imports = 'import timm, timm_ssm, torch'
     else:
         run = "x = transform(PIL.Image.open('image.jpg').convert('RGB')).unsqueeze(0)"
         imports = 'import timm, timm_ssm, PIL.Image'
     source = name if tag else 'local-dir:.'
     lines = [imports, f"model = timm.create_model('{source}', pretrained=True).eval()"]
-    if not clips:
+    if frames == 1:
         lines.append('transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))')
     usage = '\n'.join([*lines, run, 'probabilities, classes = model(x).softmax(-1).topk(5)'])
 
@@ -169,10 +173,6 @@ def card(name: str, config: Dict[str, Any], params: int) -> str:
     )
     marked = {k: _mark(k, v) for k, v in sections.items()}
     return f'---\n{marked.pop("header")}\n---\n\n' + '\n\n'.join(marked.values()) + '\n'
-
-
-def _frames(name: str) -> int:
-    return meta_model(name).num_frames
 
 
 def _mark(section: str, text: str) -> str:
@@ -202,9 +202,9 @@ def merge(old: str, new: str) -> str:
 
 def generate(name: str, folder: Path) -> Dict[Path, str]:
     """The files of a pretrained tag in folder/<model>.<tag>, as they should be."""
-    config = model_config(name)
-    params = sum(p.numel() for p in meta_model(name).parameters())
-    readme, text = folder / name / 'README.md', card(name, config, params)
+    model = meta_model(name)
+    config = model_config(name, model)
+    readme, text = folder / name / 'README.md', card(name, config, model)
     if readme.exists():
         text = merge(readme.read_text(encoding='utf-8'), text)
     return {folder / name / 'config.json': to_json(config), readme: text}

@@ -1,6 +1,5 @@
 """Finding and reading checkpoints of any origin, and telling which model they are of."""
 import argparse
-import functools
 import math
 import pickle
 import re
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from ..models._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
 from ..models._files import check_download, check_file
-from .zoo import list_names, meta_model, table
+from .zoo import list_names, meta_model, naming, table
 
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt')
 
@@ -52,16 +51,15 @@ def find(source: str) -> Source:
     else:
         raise ValueError(f'source: there is no file {source}, nor is that a pretrained tag or a repository on the Hub')
     file = file or _only_weights(repo_id, revision)
-    link = Path(hf_hub_download(repo_id, file, revision=revision))
-    try:
+    with naming(repo_id, file):
+        link = Path(hf_hub_download(repo_id, file, revision=revision))
         check_download(link)
-    except RuntimeError as e:
-        raise RuntimeError(f'{repo_id}/{file}: {e}') from e
     return Source(link, f'{repo_id}/{file}', _known_name(repo_id, file))
 
 
 def _only_weights(repo_id: str, revision: Optional[str]) -> str:
-    files = [f for f in HfApi().list_repo_files(repo_id, revision=revision) if f.endswith(WEIGHTS_SUFFIXES)]
+    with naming(repo_id):
+        files = [f for f in HfApi().list_repo_files(repo_id, revision=revision) if f.endswith(WEIGHTS_SUFFIXES)]
     files = [f for f in files if f == 'model.safetensors'] or files
     if len(files) != 1:
         raise ValueError(f'source: {repo_id} holds {", ".join(files) or "no weights"}; needs one, as {repo_id}/FILE')
@@ -168,7 +166,7 @@ def map_names(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
     """Compare names and shapes of a checkpoint with those of a model."""
-    model = _meta_model(name, tuple(kwargs.items()))
+    model = meta_model(name, **kwargs)
     shapes = {k: torch.empty(v.shape, dtype=v.dtype, device='meta') for k, v in state_dict.items()}
     try:
         mapped = map_names(shapes, model)
@@ -189,14 +187,9 @@ def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
     )
 
 
-@functools.cache
-def _meta_model(name: str, kwargs: Tuple) -> nn.Module:
-    return meta_model(name, **dict(kwargs))
-
-
 def arguments(name: str, state_dict: StateDict) -> Dict[str, Any]:
     """The arguments in which a checkpoint's model differs from the architecture's defaults, as far as shapes tell."""
-    cfg = get_pretrained_cfg(name, allow_unregistered=True) or _meta_model(name, ()).default_cfg
+    cfg = get_pretrained_cfg(name, allow_unregistered=True) or meta_model(name).default_cfg
     cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
     kwargs = {}
     classifier = cfg.get('classifier') or 'head'
@@ -212,9 +205,9 @@ def arguments(name: str, state_dict: StateDict) -> Dict[str, Any]:
     return kwargs
 
 
-def image_size(name: str, state_dict: StateDict) -> Dict[str, Any]:
+def image_size(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Dict[str, Any]:
     """As `arguments`, for the square image size that the number of position embeddings speaks of."""
-    model = _meta_model(name, ())
+    model = meta_model(name, **kwargs)
     pos_embed, patch_embed = state_dict.get('pos_embed'), getattr(model, 'patch_embed', None)
     if pos_embed is None or pos_embed.ndim != 3 or not hasattr(patch_embed, 'grid_size'):
         return {}
@@ -245,7 +238,9 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
     """
     told = [
         (model, 'as told'),
-        (source.name and source.name.partition('.')[0], f'certain, {source.origin} is the released file'),
+        (source.name and source.name.partition('.')[0], (
+            f'certain, {source.origin} is the released file' if '/' in source.origin else
+            f'likely, all names and shapes fit and the released file is called {source.origin} too')),
         (checkpoint.arch, 'certain, the checkpoint names it'),
     ]
     state_dict = checkpoint.state_dict
@@ -287,14 +282,16 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
     raise ValueError(f'{source.origin} fits {others} alike; say which it is with --model')
 
 
-def _rank(f: Fit) -> Tuple[bool, int]:
-    return f.resampled, len(f.kwargs)
+def _rank(f: Fit) -> Tuple[bool, int, int]:
+    """The less a model has to be changed to take the checkpoint, the likelier it is."""
+    size = get_pretrained_cfg(f.name).input_size[1]
+    return f.resampled, len(f.kwargs), abs(f.kwargs.get('img_size', size) - size)
 
 
 def _fit_with_arguments(name: str, state_dict: StateDict) -> Fit:
     kwargs = arguments(name, state_dict)
     plain = fit(name, kwargs, state_dict)
-    size = image_size(name, state_dict) if plain.resampled or not plain.complete else {}
+    size = image_size(name, kwargs, state_dict) if plain.resampled or not plain.complete else {}
     sized = fit(name, {**kwargs, **size}, state_dict) if size else plain
     return sized if sized.complete and not sized.resampled else plain
 
@@ -312,18 +309,18 @@ def _same_naming(f: Fit, state_dict: StateDict) -> bool:
     def patterns(names) -> set:
         return {re.sub(r'\d+', '#', n) for n in names}
 
-    wanted = patterns(_meta_model(f.name, tuple(f.kwargs.items())).state_dict())
+    wanted = patterns(meta_model(f.name, **f.kwargs).state_dict())
     return len(patterns(f.missing) & wanted) <= len(wanted) // 2
 
 
-def _misfits(f: Fit, rows: int = 8) -> str:
+def _misfits(f: Fit, rows: int = 4) -> str:
     """A short table of the names that do not fit; those that differ by numbers only are counted together."""
     lines = []
     for what, names in (('missing', f.missing), ('unknown', f.unexpected), ('of another shape', f.wrong_shape)):
         groups: Dict[str, List[str]] = {}
         for name in names:
             groups.setdefault(re.sub(r'\d+', '#', name.partition(':')[0]), []).append(name)
-        for group in groups.values():
-            lines.append([what, str(len(group)), group[0]])
-    more = [['...', str(len(lines) - rows), 'more kinds']] if len(lines) > rows else []
-    return table(lines[:rows] + more, ['parameters', 'number', 'such as'])
+        lines += [[what, str(len(group)), group[0]] for group in list(groups.values())[:rows]]
+        if rest := list(groups.values())[rows:]:
+            lines.append([what, str(sum(map(len, rest))), 'others'])
+    return table(lines, ['parameters', 'number', 'such as'], right=(1,))

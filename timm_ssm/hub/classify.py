@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 import timm_ssm  # noqa: F401  registers the models
 
+from .zoo import num_frames
+
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
     """A pretrained model for images, by name, 'hf-hub:owner/name' or 'local-dir:folder', a bare folder included."""
     if Path(name).is_dir():
         name = f'local-dir:{name}'
     model = timm.create_model(name, pretrained=True).eval().to(device)
-    if getattr(model, 'num_frames', 1) > 1:
-        raise ValueError(f'model: {name} takes clips of {model.num_frames} frames, needs one that takes images')
+    if num_frames(model) > 1:
+        raise ValueError(f'model: {name} takes clips of {num_frames(model)} frames, needs one that takes images')
     return model
 
 

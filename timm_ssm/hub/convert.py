@@ -2,7 +2,7 @@
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..models._files import save_weights
 from . import cards
-from .checkpoints import detect, find, map_names, read
+from .checkpoints import Fit, detect, find, map_names, read
+from .zoo import num_frames
 
 
 class Conversion(NamedTuple):
@@ -54,17 +55,17 @@ def convert(
         checkpoint = read(found.path)
         step('recognising')
         fit, sure = detect(checkpoint, found, model)
-        known = found.name if found.name and found.name.partition('.')[0] == fit.name and not fit.kwargs else None
-        name = known or fit.name
-        num_classes = fit.kwargs.get('num_classes', checkpoint_classes(fit.name))
+        num_classes = fit.kwargs.get('num_classes', timm.get_pretrained_cfg_value(fit.name, 'num_classes'))
+        name = found.name if _is_tag(found.name, fit, num_classes) else fit.name
         if label_names and len(label_names) != num_classes:
             raise ValueError(f'labels: got {len(label_names)} names, needs {num_classes}')
         step('building')
         original = timm.create_model(fit.name, **fit.kwargs).eval()
         original.load_state_dict(map_names(checkpoint.state_dict, original))
         del checkpoint
+        config = cards.model_config(name, original, fit.kwargs, label_names)
         step('running')
-        x = fixed_input(original)
+        x = fixed_input(original, config['pretrained_cfg']['input_size'])
         expected = _run(original, x)
         if not torch.isfinite(expected).all():
             raise RuntimeError(f'{found.origin}: the logits are not finite')
@@ -72,11 +73,10 @@ def convert(
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}_', dir=folder.parent))
         try:
-            config = cards.model_config(name, fit.kwargs, label_names)
-            parameters = sum(p.numel() for p in original.parameters())
-            save_weights(original.state_dict(), staging / 'model.safetensors')
             (staging / 'config.json').write_text(cards.to_json(config), encoding='utf-8')
-            (staging / 'README.md').write_text(cards.card(name, config, parameters), encoding='utf-8')
+            (staging / 'README.md').write_text(cards.card(name, config, original), encoding='utf-8')
+            save_weights(original.state_dict(), staging / 'model.safetensors')
+            (staging / 'model.safetensors').chmod((staging / 'config.json').stat().st_mode)  # safetensors' is private
             step('reloading')
             reloaded = timm.create_model(f'local-dir:{staging}', pretrained=True).eval()
             difference = ((_run(reloaded, x) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
@@ -88,20 +88,21 @@ def convert(
             staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return Conversion(folder, name, sure, parameters, difference)
+    return Conversion(folder, name, sure, sum(p.numel() for p in original.parameters()), difference)
 
 
-def checkpoint_classes(name: str) -> int:
-    """Classes of an architecture by default."""
-    return timm.get_pretrained_cfg_value(name, 'num_classes') or 1000
+def _is_tag(name: Optional[str], fit: Fit, num_classes: int) -> bool:
+    """Whether the model that was recognised is the one of the pretrained tag that the file is called after."""
+    return (
+        name is not None and name.partition('.')[0] == fit.name and set(fit.kwargs) <= {'num_classes'}
+        and num_classes == timm.get_pretrained_cfg_value(name, 'num_classes'))
 
 
-def fixed_input(model: nn.Module) -> torch.Tensor:
-    """One image or clip of the model's size, always the same."""
-    _, height, width = timm.data.resolve_data_config(model=model)['input_size']
-    frames = [model.num_frames] if getattr(model, 'num_frames', 1) > 1 else []
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, model.in_chans, *frames, height, width, generator=generator)
+def fixed_input(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
+    """One image or clip of the size (channels, height, width), always the same."""
+    channels, height, width = input_size
+    frames = [num_frames(model)] if num_frames(model) > 1 else []
+    return torch.randn(1, channels, *frames, height, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

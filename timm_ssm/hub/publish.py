@@ -7,6 +7,7 @@ from huggingface_hub import HfApi
 from timm.models import is_model
 
 from ..models._files import check_file
+from .zoo import naming
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
 
@@ -53,13 +54,14 @@ def push(
     """
     check(folder)
     api = HfApi(library_name='timm-ssm')
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        allow_patterns=list(FILES),
-        commit_message=message or 'Upload model',
-    ).commit_url
+    with naming(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=list(FILES),
+            commit_message=message or 'Upload model',
+        ).commit_url

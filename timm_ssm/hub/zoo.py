@@ -1,11 +1,14 @@
 """The models of this package, and what is known about their pretrained tags."""
+import contextlib
 import fnmatch
+import functools
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
@@ -31,9 +34,19 @@ def list_names(filters: Optional[List[str]] = None, pretrained: bool = False) ->
     return [n for n in names if not filters or any(fnmatch.fnmatch(n, f) for f in filters)]
 
 
+@functools.cache
 def meta_model(name: str, **kwargs) -> nn.Module:
-    """The model without storage for its parameters."""
-    return timm.create_model(name, device=torch.device('meta'), **kwargs)
+    """The model without storage for its parameters; always the same one."""
+    kwargs['device'] = torch.device('meta')
+    try:
+        return timm.create_model(name, weight_init='skip', **kwargs)  # initialisation takes most of the time
+    except TypeError:  # not an argument of all families
+        return timm.create_model(name, **kwargs)
+
+
+def num_frames(model: nn.Module) -> int:
+    """Frames of the clips that a model takes; 1 for images."""
+    return getattr(getattr(model, 'patch_embed', None), 'num_frames', 1)
 
 
 def datasets(tag: str) -> List[str]:
@@ -66,10 +79,26 @@ def describe(name: str) -> Dict[str, Any]:
     )
 
 
-def table(rows: List[List[str]], header: List[str]) -> str:
-    """Rows under a header, in columns; all but the first are right-aligned."""
+@contextlib.contextmanager
+def naming(repo_id: str, file: str = '') -> Iterator[None]:
+    """What fails on the way to the Hub in one line that says with which repository and file; not all errors do.
+
+    Raises:
+        RuntimeError: The error in one line.
+    """
+    try:
+        yield
+    except Exception as e:  # of huggingface_hub, or of the HTTP library that it uses
+        if repo_id in str(e) and file in str(e):
+            raise
+        cause = e.__cause__ if isinstance(e, LocalEntryNotFoundError) else None
+        reasons = [' '.join(str(x).split()) or type(x).__name__ for x in (e, cause) if x]
+        raise RuntimeError(f'{"/".join(filter(None, (repo_id, file)))}: {" ".join(reasons)}') from e
+
+
+def table(rows: List[List[str]], header: List[str], right: Sequence[int] = ()) -> str:
+    """Rows under a header, in columns; those in `right` are aligned to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        '  '.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in [header, ['-' * w for w in widths], *rows]]
-    return '\n'.join(lines)
+    return '\n'.join(
+        '  '.join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in [header, ['-' * w for w in widths], *rows])

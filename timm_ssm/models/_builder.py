@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Dict, Optional
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import load_pretrained, resolve_pretrained_cfg
 from torch import nn
@@ -89,6 +90,8 @@ class _Weights:
             reason = f'{type(error).__name__} {reason}'.strip()
             if not self.repo_id or self.cached():
                 reason = f'it is no checkpoint, or damaged ({reason})'
+        if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+            reason += f' ({(str(error.__cause__).strip().splitlines() or [""])[0]})'
         for link in self.cached().values():
             reason += f' (the file is {link.resolve()}; if you delete it, it is downloaded anew)'
         return reason

@@ -56,13 +56,17 @@ def check_file(path: Union[str, Path]) -> None:
     except OSError:
         raise
     except Exception as e:  # a flipped bit in an archive's directory can raise anything
-        raise ValueError(f'{path}: it is no checkpoint, or damaged ({type(e).__name__}: {e})') from e
+        reason = str(e) if type(e) is ValueError else f'{type(e).__name__}: {e}'
+        raise ValueError(f'{path}: it is no checkpoint, or damaged ({reason})') from e
 
 
 def save_weights(tensors: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
     """Write a safetensors file with a checksum over names, types, shapes and values in its metadata."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, path, metadata={'format': 'pt', 'crc32': _crc32(tensors)})
+    try:
+        save_file(tensors, path, metadata={'format': 'pt', 'crc32': _crc32(tensors)})
+    except safetensors.SafetensorError as e:  # a full disk, for one
+        raise OSError(f'{path}: {e}') from e
 
 
 def _crc32(tensors: Dict[str, torch.Tensor]) -> str:

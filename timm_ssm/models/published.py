@@ -1,4 +1,4 @@
-"""What papers say about the pretrained tags: data for model cards and `timm-ssm list`."""
+"""What the papers say about the pretrained tags: data for model cards and `timm-ssm list`."""
 from typing import Dict, NamedTuple, Optional
 
 __all__ = ['PUBLISHED', 'Published']
@@ -13,6 +13,7 @@ class Published(NamedTuple):
 
 
 _VIDEOMAMBA = 'Li et al., ECCV 2024'
+_VIM = 'Zhu et al., ICML 2024'
 _DISTILLED = 'trained with self-distillation'
 
 PUBLISHED: Dict[str, Published] = {
@@ -26,4 +27,26 @@ PUBLISHED: Dict[str, Published] = {
     'videomamba_middle_patch16_448.in1k': Published(83.8, None, _VIDEOMAMBA, f'{_DISTILLED}, fine-tuned from 224'),
     'videomamba_middle_patch16_576.in1k': Published(84.0, None, _VIDEOMAMBA, f'{_DISTILLED}, fine-tuned from 448'),
     'videomamba_base_patch16_224.in1k': Published(82.7, 16.9, _VIDEOMAMBA, _DISTILLED),
+
+    'videomamba_tiny_patch16_f8_224.k400': Published(76.9, None, _VIDEOMAMBA),
+    'videomamba_tiny_patch16_f16_224.k400': Published(78.1, None, _VIDEOMAMBA),
+    'videomamba_tiny_patch16_f32_224.k400': Published(78.8, None, _VIDEOMAMBA),
+    'videomamba_tiny_patch16_f64_224.k400': Published(79.6, None, _VIDEOMAMBA),
+    'videomamba_small_patch16_f8_224.k400': Published(79.3, None, _VIDEOMAMBA),
+    'videomamba_small_patch16_f16_224.k400': Published(80.8, None, _VIDEOMAMBA),
+    'videomamba_small_patch16_f32_224.k400': Published(81.5, None, _VIDEOMAMBA),
+    'videomamba_small_patch16_f64_224.k400': Published(81.8, None, _VIDEOMAMBA),
+    'videomamba_middle_patch16_f8_224.k400': Published(80.6, None, _VIDEOMAMBA),
+    'videomamba_middle_patch16_f16_224.k400': Published(81.9, None, _VIDEOMAMBA),
+    'videomamba_middle_patch16_f32_224.k400': Published(82.4, None, _VIDEOMAMBA),
+    'videomamba_middle_patch16_f64_224.k400': Published(82.8, None, _VIDEOMAMBA),
+    'videomamba_tiny_patch16_f8_224.ssv2': Published(65.1, None, _VIDEOMAMBA),
+    'videomamba_small_patch16_f8_224.ssv2': Published(66.6, None, _VIDEOMAMBA),
+    'videomamba_middle_patch16_f8_224.ssv2': Published(67.3, None, _VIDEOMAMBA),
+
+    'vim_tiny_patch16_224.in1k': Published(76.1, None, _VIM),
+    'vim_small_patch16_224.in1k': Published(80.5, None, _VIM),
+    'vim_base_patch16_224.in1k': Published(81.9, None, _VIM),
+    'vim_tiny_patch16_stride8_224.in1k': Published(78.3, None, _VIM, 'fine-tuned with overlapping patches'),
+    'vim_small_patch16_stride8_224.in1k': Published(81.6, None, _VIM, 'fine-tuned with overlapping patches'),
 }
