@@ -28,6 +28,15 @@ def hub(monkeypatch):
     return _HUB
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of huggingface_hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'
+
+
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """scikit-learn's 8 x 8 digits as an image folder: 160 to train on, 16 of each digit, and 41 to validate on."""

@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from time import sleep  # the tests shorten time.sleep
 from typing import Dict, List, Optional, Tuple
 from urllib.parse import unquote, urlsplit
 
@@ -35,7 +36,7 @@ class Fault:
     """What goes wrong with the next `times` requests whose path contains `path`.
 
     `status` answers with that error, `cut_after` breaks the connection after so many bytes of the body, `body` sends
-    other bytes under the old hash.
+    other bytes under the old hash, `wait` lets so many seconds pass first.
     """
     path: str
     method: str = 'GET'
@@ -43,6 +44,7 @@ class Fault:
     status: Optional[int] = None
     cut_after: Optional[int] = None
     body: Optional[bytes] = None
+    wait: float = 0.
 
 
 class HubServer:
@@ -111,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 if fault.times == 0:
                     self.hub.faults.remove(fault)
+        if fault:
+            sleep(fault.wait)
         if fault and fault.status:
             return self._error(fault.status, 'told to fail')
         for method, pattern, action in _ROUTES:
@@ -206,7 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(payload)
         repo_id = '/'.join(filter(None, (asked.get('organization', 'me'), asked['name'])))
         if repo_id in self.hub.repos:
-            return self._error(409, 'You already created this model repo')
+            body = {'error': 'You already created this model repo', 'url': f'{self.hub.url}/{repo_id}'}
+            return self._reply(json.dumps(body).encode(), 409)
         private = asked.get('private') or asked.get('visibility') == 'private'
         self.hub.repos[repo_id] = Repo(private=bool(private))
         return self._json({'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id})

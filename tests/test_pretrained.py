@@ -61,13 +61,6 @@ def released_file(released) -> bytes:
     return to_bytes({'model': released})
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of huggingface_hub."""
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    return tmp_path / 'cache'
-
-
 def weights_in(folder: Path):
     """Complete and incomplete downloads in a cache."""
     return [p for p in folder.glob('models--*/blobs/*') if p.is_file()]
@@ -197,7 +190,7 @@ class TestPublished:
         _, path = folder
         weights = path / 'model.safetensors'
         weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(RuntimeError, match=f'cannot load .*{path}.*damaged'):
+        with pytest.raises(ValueError, match=f'{path}.*damaged'):
             timm.create_model(f'local-dir:{path}', pretrained=True)
 
 

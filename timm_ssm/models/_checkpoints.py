@@ -7,6 +7,14 @@ from torch import nn
 StateDict = Dict[str, torch.Tensor]
 
 
+class CheckpointMismatch(ValueError):
+    """The checkpoint is of another model; state_dict is what it holds, under this model's names."""
+
+    def __init__(self, message: str, state_dict: StateDict) -> None:
+        super().__init__(message)
+        self.state_dict = state_dict
+
+
 def unwrap_state_dict(state_dict: StateDict) -> StateDict:
     """The parameters of a checkpoint: bare or under 'model', 'module' or 'state_dict', names without those prefixes."""
     for key in ('state_dict', 'model', 'module'):
@@ -27,7 +35,7 @@ def check_fits(state_dict: StateDict, model: nn.Module, adaptable: Sequence[str]
         state_dict.
 
     Raises:
-        ValueError: Most of the model's parameters are not in state_dict, or one of them has another shape.
+        CheckpointMismatch: Most of the model's parameters are not in state_dict, or one of them has another shape.
     """
     wanted = model.state_dict()
     found = [k for k in wanted if k in state_dict]
@@ -43,5 +51,5 @@ def check_fits(state_dict: StateDict, model: nn.Module, adaptable: Sequence[str]
             problem = f'{k} is {tuple(state_dict[k].shape)}, needs {tuple(wanted[k].shape)}'
     if problem:
         name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
-        raise ValueError(f'checkpoint: it is not of {name}: {problem}')
+        raise CheckpointMismatch(f'checkpoint: it is not of {name}: {problem}', state_dict)
     return state_dict

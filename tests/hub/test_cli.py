@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+
+from timm_ssm.cli import main
+from timm_ssm.hub import cards, classify
+
+NAME = 'videomamba_tiny_patch16_224'
+
+
+def save_model(folder, label_names=None, **kwargs):
+    torch.manual_seed(0)
+    args = dict(depth=1, embed_dim=48, img_size=32, **kwargs)
+    model = timm.create_model(NAME, **args).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(50)  # so that the classes differ
+    folder.mkdir()
+    (folder / 'config.json').write_text(cards.to_json(cards.model_config(NAME, model, args, label_names)))
+    save_file(model.state_dict(), folder / 'model.safetensors')
+    return model
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    for name in ('a.png', 'b.jpg', 'sub/c.png'):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    (folder / 'notes.txt').write_text('not an image')
+    return folder
+
+
+def expected(model, path, k=5):
+    data = timm.data.resolve_data_config({'input_size': (3, 32, 32)}, model=model)
+    x = timm.data.create_transform(**data)(Image.open(path).convert('RGB'))
+    with torch.no_grad():
+        return model(x[None]).softmax(-1)[0].topk(k)
+
+
+class TestClassify:
+
+    def test_imagenet_names(self, tmp_path, images, capsys):
+        model = save_model(tmp_path / 'model')
+        assert main(['classify', str(images / 'a.png'), '--model', str(tmp_path / 'model')]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        top = expected(model, images / 'a.png')
+        assert lines[0] == str(images / 'a.png') and len(lines) == 6
+        for line, p, i in zip(lines[1:], top.values, top.indices):
+            assert line.split(maxsplit=1) == [f'{p:.2%}', ImageNetInfo().index_to_description(int(i))]
+
+    def test_json_and_own_names(self, tmp_path, images, capsys):
+        model = save_model(tmp_path / 'model', list('abc'), num_classes=3)
+        args = ['classify', str(images), '--model', f'local-dir:{tmp_path}/model', '--json', '--batch-size', '2']
+        assert main(args) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert [r['image'] for r in results] == [str(images / n) for n in ('a.png', 'b.jpg', 'sub/c.png')]
+        for r in results:
+            top = expected(model, r['image'], 3)  # there are but three
+            assert [c['index'] for c in r['classes']] == top.indices.tolist()
+            assert [c['name'] for c in r['classes']] == ['abc'[i] for i in top.indices]
+            assert [c['probability'] for c in r['classes']] == pytest.approx(top.values.tolist(), abs=1e-5)
+
+    def test_topk_and_numbered_classes(self, tmp_path, images, capsys):
+        save_model(tmp_path / 'model', num_classes=7)
+        assert main(['classify', str(images / 'b.jpg'), '--model', str(tmp_path / 'model'), '--topk', '2']) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and all(line.split()[1] == 'class' for line in lines[1:])
+
+    def test_url(self, hub, tmp_path, images, capsys):
+        save_model(tmp_path / 'model', num_classes=7)
+        hub.add('me/images', {'a.png': (images / 'a.png').read_bytes()})
+        sources = [f'{hub.url}/me/images/resolve/main/a.png', str(images / 'a.png')]
+        assert main(['classify', *sources, '--model', str(tmp_path / 'model')]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1:6] == lines[7:12]
+
+    def test_images_that_cannot_be_opened(self, hub, tmp_path, images, capsys):
+        """They are reported; the others are still classified."""
+        save_model(tmp_path / 'model', num_classes=7)
+        whole = (images / 'a.png').read_bytes()
+        (images / 'half.png').write_bytes(whole[:len(whole) // 2])
+        sources = [str(images / 'notes.txt'), str(images / 'half.png'), str(images / 'none.png'), f'{hub.url}/none.png']
+        model = str(tmp_path / 'model')
+        assert main(['classify', *sources, str(images / 'a.png'), '--model', model, '--json']) == 1
+        out, err = capsys.readouterr()
+        assert [r['image'] for r in json.loads(out)] == [str(images / 'a.png')]
+        for source in sources:
+            assert f'image: cannot open {source}' in err
+
+    def test_empty_folder(self, tmp_path, capsys):
+        (tmp_path / 'empty').mkdir()
+        assert main(['classify', str(tmp_path / 'empty'), '--model', NAME]) == 1
+        assert f'there are no images in {tmp_path}/empty' in capsys.readouterr().err
+
+    def test_clip_model(self, tmp_path, images, capsys, monkeypatch):
+        clips = timm.create_model(NAME, num_frames=2, depth=1, device='meta')
+        monkeypatch.setattr(classify.timm, 'create_model', lambda *args, **kwargs: clips)
+        with pytest.raises(ValueError, match='takes clips of 2 frames'):
+            classify.load_model('clips', 'meta')
+
+    def test_unknown_model(self, images, capsys):
+        assert main(['classify', str(images), '--model', 'nonsense']) == 1
+        assert 'Unknown model (nonsense)' in capsys.readouterr().err
+
+
+class TestList:
+
+    def test_table(self, hub, cache, capsys):
+        assert main(['list', 'videomamba_tiny_patch16_224']) == 0
+        header, _, row = capsys.readouterr().out.splitlines()
+        assert header.split('  ')[0] == 'model'
+        assert row.split() == ['videomamba_tiny_patch16_224.in1k', '76.9', '7.1', '1.1', '224×224', 'apache-2.0']
+        assert not hub.requests
+
+    def test_cached(self, hub, cache, capsys):
+        from huggingface_hub import hf_hub_download
+        hub.add('OpenGVLab/VideoMamba', {'videomamba_t16_in1k_res224.pth': b'x'})
+        hf_hub_download('OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth')
+        assert main(['list', 'videomamba_tiny_*in1k', '--json']) == 0
+        rows = {r['name']: r for r in json.loads(capsys.readouterr().out)}
+        assert rows['videomamba_tiny_patch16_224.in1k']['cached']
+        assert not rows['videomamba_tiny_patch16_448.in1k']['cached']
+
+    def test_all(self, capsys):
+        assert main(['list', '--all', 'videomamba']) == 0
+        names = capsys.readouterr().out.split()
+        assert 'videomamba_tiny_patch16_224' in names and all('videomamba' in n for n in names)
+
+
+class TestCommandLine:
+
+    def test_entry_point(self):
+        from importlib.metadata import entry_points
+        scripts = [e for e in entry_points(group='console_scripts') if e.name == 'timm-ssm']
+        setup = (Path(__file__).parents[2] / 'setup.cfg').read_text()
+        assert 'timm-ssm = timm_ssm.cli:main' in setup
+        assert all(e.value == 'timm_ssm.cli:main' for e in scripts)  # none where the package is not installed
+
+    @pytest.mark.parametrize('argv', ['', 'nonsense', 'classify x', 'classify x --model y --topk 0'])
+    def test_usage(self, argv, capsys):
+        with pytest.raises(SystemExit) as e:
+            main(argv.split())
+        assert e.value.code == 2 and 'usage: timm-ssm' in capsys.readouterr().err
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as e:
+            main(['--help'])
+        out = capsys.readouterr().out
+        assert e.value.code == 0 and all(c in out for c in ('list', 'convert', 'push', 'classify', 'env'))

@@ -1,0 +1,147 @@
+"""`timm-ssm`: models, checkpoints and images from the command line."""
+import argparse
+import json
+import sys
+from typing import List, Optional
+
+# the work is imported where it is done: help and usage errors need none of it
+
+
+def _list(args: argparse.Namespace) -> None:
+    from .hub import zoo
+
+    filters = [f if any(c in f for c in '*?[') else f'*{f}*' for f in args.filter]
+    if args.all:
+        names = zoo.list_names(filters)
+        print(json.dumps(names, indent=2) if args.json else '\n'.join(names))
+        return
+    rows = [zoo.describe(name) for name in zoo.list_names(filters, pretrained=True)]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    cells = [
+        [r['name'], _number(r['top1']), f'{r["params"] / 1e6:.1f}', _number(r['gmacs']),
+         '×'.join(str(s) for s in r['input_size'][1:]), r['license'] or '', 'yes' if r['cached'] else '']
+        for r in rows]
+    print(zoo.table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached'], right=(1, 2, 3, 4)))
+
+
+def _number(x: Optional[float]) -> str:
+    return '' if x is None else f'{x:.1f}'
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .hub.convert import convert
+
+    labels = None
+    if args.labels:
+        with open(args.labels, encoding='utf-8') as f:
+            labels = [line.strip() for line in f if line.strip()]
+    done = convert(args.source, args.folder, model=args.model, label_names=labels)
+    print(f'{done.name} ({done.sure}), {done.parameters:,} parameters')
+    print(f'reloaded from {done.folder}: all parameters there, logits equal to {done.difference:.1g} of the largest')
+    print(f"load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .hub import publish
+
+    files = publish.check(args.folder)
+    where = f'{"private " if args.private else ""}{args.repo}, branch {args.revision or "main"}'
+    if args.dry_run:
+        print(f'would upload to {where}:')
+        for name, size in files:
+            print(f'  {name}  {size:,} bytes')
+        return
+    print(publish.push(args.folder, args.repo, args.private, args.revision, args.message))
+
+
+def _classify(args: argparse.Namespace) -> int:
+    from .hub import classify
+
+    sources = classify.find_images(args.image)
+    model = classify.load_model(args.model, args.device)
+    results, failures = [], 0
+    for source, top in classify.classify(model, sources, args.topk, args.batch_size):
+        if isinstance(top, ValueError):
+            failures += 1
+            print(f'timm-ssm classify: {top}', file=sys.stderr)
+        elif args.json:
+            results.append(dict(image=source, classes=top))
+        else:
+            print(source)
+            for row in top:
+                print(f'  {row["probability"]:7.2%}  {row["name"]}')
+    if args.json:
+        print(json.dumps(results, indent=2))
+    return int(failures > 0)
+
+
+def _env(args: argparse.Namespace) -> None:
+    from . import env
+
+    env.main()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog='timm-ssm', description='Vision state-space models for timm.')
+    commands = root.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
+        p.set_defaults(run=run)
+        return p
+
+    p = command('list', _list, 'list the pretrained tags with published accuracy, size and licence')
+    p.add_argument('filter', nargs='*', help="part of a name, or a pattern such as 'videomamba_*_448*'")
+    p.add_argument('--all', action='store_true', help='names of all models, with and without pretrained weights')
+    p.add_argument('--json', action='store_true', help='print JSON')
+
+    p = command('convert', _convert, 'convert a checkpoint to a folder that timm loads, and prove it the same')
+    p.add_argument('source', help='file, pretrained tag, or owner/name[@revision][/file] on the Hub')
+    p.add_argument('folder', help='folder to write: model.safetensors, config.json, README.md')
+    p.add_argument('--model', help='architecture; recognised by names and shapes if not given')
+    p.add_argument('--labels', metavar='FILE', help='text file with the names of the classes, one a line, in order')
+
+    p = command('push', _push, 'upload a converted folder to the Hub')
+    p.add_argument('folder', help='what `timm-ssm convert` wrote')
+    p.add_argument('repo', help='owner/name on the Hub; created if it does not exist')
+    p.add_argument('--private', action='store_true', help='create a private repository')
+    p.add_argument('--revision', help='branch; created if it does not exist (default: main)')
+    p.add_argument('--message', help='commit message')
+    p.add_argument('--dry-run', action='store_true', help='check the folder and say what would be uploaded')
+
+    p = command('classify', _classify, 'name the likeliest classes of images')
+    p.add_argument('image', nargs='+', help='files, folders, URLs')
+    p.add_argument('--model', required=True, help="pretrained tag, 'hf-hub:owner/name', or a converted folder")
+    p.add_argument('--topk', type=_positive, default=5, metavar='N', help='classes to print (default: 5)')
+    p.add_argument('--batch-size', type=_positive, default=16, metavar='N', help='images at once (default: 16)')
+    p.add_argument('--device', default='cpu', help='device (default: cpu)')
+    p.add_argument('--json', action='store_true', help='print JSON')
+
+    command('env', _env, 'print versions, and which backends run here and why')
+    return root
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'got {value}, needs 1 or more')
+    return value
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command; an error is one message on stderr and exit status 1."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, RuntimeError, OSError) as e:  # huggingface_hub's are OSErrors
+        print(f'timm-ssm {args.command}: {str(e).strip() or type(e).__name__}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

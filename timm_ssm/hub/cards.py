@@ -1,0 +1,222 @@
+"""What a Hub repository of a checkpoint says about it: config.json, in timm's format, and README.md, the model card.
+
+    python -m timm_ssm.hub.cards [FOLDER]
+
+writes both for every pretrained tag, hub_configs/<model>.<tag>/ by default. A card's generated sections lie between
+markers and are rewritten; what people write before, between and after them stays.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import nn
+from tqdm import tqdm
+
+from ..models.published import PUBLISHED
+from .zoo import datasets, list_names, meta_model, num_frames
+
+# by arXiv number
+CITATIONS = {
+    '2403.06977': '''@inproceedings{li2024videomamba,
+  title={VideoMamba: State Space Model for Efficient Video Understanding},
+  author={Li, Kunchang and Li, Xinhao and Wang, Yi and He, Yinan and Wang, Yali and Wang, Limin and Qiao, Yu},
+  booktitle={European Conference on Computer Vision},
+  year={2024}
+}''',
+    '2401.09417': '''@inproceedings{zhu2024vision,
+  title={Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}''',
+    '2407.08083': '''@inproceedings{hatamizadeh2025mambavision,
+  title={MambaVision: A Hybrid Mamba-Transformer Vision Backbone},
+  author={Hatamizadeh, Ali and Kautz, Jan},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}''',
+    '2407.13772': '''@inproceedings{shaker2025groupmamba,
+  title={GroupMamba: Efficient Group-Based Visual State Space Model},
+  author={Shaker, Abdelrahman and Wasim, Syed Talal and Khan, Salman and Gall, Juergen and Khan, Fahad Shahbaz},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}''',
+}
+
+# licences under names of the Hub's own; any other is `other` with a name there
+_HUB_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0')
+
+
+def model_config(
+        name: str,
+        model: nn.Module,
+        model_args: Optional[Dict[str, Any]] = None,
+        label_names: Optional[List[str]] = None,
+) -> Dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        name: Pretrained tag, or model for weights of other origin.
+        model: The model, with or without values.
+        model_args: Arguments in which the model differs from its defaults.
+        label_names: Names of the classes, in order, where they are not ImageNet's.
+    """
+    model_args = dict(model_args or {})
+    cfg = {**get_pretrained_cfg(name.partition('.')[0]).to_dict(), **model.pretrained_cfg}
+    for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
+        cfg.pop(key, None)
+    if '.' not in name:  # these describe the tag's weights, not the ones at hand
+        for key in ('tag', 'origin_url', 'license', 'notes', 'description'):
+            cfg.pop(key, None)
+    num_classes = model_args.pop('num_classes', cfg['num_classes'])
+    size = model_args.get('img_size', cfg['input_size'][1:])
+    size = (size, size) if isinstance(size, int) else size
+    cfg.update(num_classes=num_classes, input_size=[model_args.get('in_chans', cfg['input_size'][0]), *size])
+    config = dict(
+        architecture=name.partition('.')[0],
+        num_classes=num_classes,
+        num_features=model.num_features,
+        global_pool=_global_pool(model),
+        pretrained_cfg=cfg,
+    )
+    if label_names:
+        config['label_names'] = label_names
+    if model_args:  # without num_classes, which transformers' TimmWrapper passes by itself
+        config['model_args'] = model_args
+    return config
+
+
+def _global_pool(model) -> str:
+    """The pooling's name, kept by the model or by its head."""
+    pool = getattr(model, 'global_pool', None)
+    if not isinstance(pool, str):
+        pool = model.head.global_pool.pool_type
+    return pool
+
+
+def to_json(config: Dict[str, Any]) -> str:
+    """config.json as text."""
+    return json.dumps(config, indent=2) + '\n'
+
+
+def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
+    """The model card.
+
+    Args:
+        name: Pretrained tag, or model for weights of other origin.
+        config: Content of config.json.
+        model: The model, with or without values.
+    """
+    cfg, (architecture, _, tag) = config['pretrained_cfg'], name.partition('.')
+    published = PUBLISHED.get(name)
+    trained_on, paper_id = datasets(tag), cfg['paper_ids'].removeprefix('arXiv:')
+    params, frames = sum(p.numel() for p in model.parameters()), num_frames(model)
+    task = 'video-classification' if frames > 1 else 'image-classification'
+    family = sys.modules[model_entrypoint(architecture).__module__].__doc__.partition('\n')[0].rstrip('.')
+
+    license_name = cfg.get('license')
+    header = [
+        'tags:', f'- {task}', '- timm', '- mamba', '- state-space-model', f'pipeline_tag: {task}', 'library_name: timm']
+    if license_name in _HUB_LICENSES:
+        header.append(f'license: {license_name}')
+    elif license_name:
+        header += ['license: other', f'license_name: {license_name}']
+    if trained_on:
+        header += ['datasets:', *(f'- {d.lower().replace(" ", "-")}' for d in trained_on)]
+
+    content = f'clips of {frames} frames' if frames > 1 else 'images'
+    size = ' × '.join(str(s) for s in cfg['input_size'][1:])
+    details = [
+        f'- **Architecture:** {architecture} of `timm-ssm`. {family}.',
+        f'- **Parameters:** {params:,} ({params / 1e6:.1f} M)',
+        f'- **Input:** {content} of {size} pixels, {config["num_classes"]} classes',
+        f'- **Paper:** {cfg["paper_name"]}, https://arxiv.org/abs/{paper_id}',
+    ]
+    if published and published.gmacs:
+        details.insert(2, f'- **GMACs:** {published.gmacs}')
+    if trained_on:
+        details.append(f'- **Trained on:** {", then ".join(trained_on)}')
+    if cfg.get('origin_url'):
+        details.append(f'- **Weights and original code:** {cfg["origin_url"]}, by the paper\'s authors')
+    if license_name:
+        non_commercial = ': not for commercial use' if re.search(r'\bnc\b', license_name.lower()) else ''
+        details.append(f'- **Licence of the weights:** {license_name}{non_commercial}')
+
+    results = 'No accuracy of these weights is recorded here; see the paper.' if tag else 'Not measured.'
+    if published and published.top1 is not None:
+        note = f' ({published.note})' if published.note else ''
+        results = (f'| {trained_on[-1]} top-1 | published by |\n| --- | --- |\n'
+                   f'| {published.top1:.1f} % | {published.by}{note} |')
+
+    if frames > 1:
+        run = f'x = torch.randn(1, 3, {frames}, {cfg["input_size"][1]}, {cfg["input_size"][2]})  # a clip'
+        imports = 'import timm, timm_ssm, torch'
+    else:
+        run = "x = transform(PIL.Image.open('image.jpg').convert('RGB')).unsqueeze(0)"
+        imports = 'import timm, timm_ssm, PIL.Image'
+    source = name if tag else 'local-dir:.'
+    lines = [imports, f"model = timm.create_model('{source}', pretrained=True).eval()"]
+    if frames == 1:
+        lines.append('transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))')
+    usage = '\n'.join([*lines, run, 'probabilities, classes = model(x).softmax(-1).topk(5)'])
+
+    sections = dict(
+        header='\n'.join(header),
+        title=f'# Model card for {name}',
+        details='## Model details\n\n' + '\n'.join(details),
+        results='## Results\n\n' + results,
+        usage=f'## Usage\n\n`pip install timm-ssm`, then\n\n```python\n{usage}\n```',
+        citation=f'## Citation\n\n```bibtex\n{CITATIONS[paper_id]}\n```',
+    )
+    marked = {k: _mark(k, v) for k, v in sections.items()}
+    return f'---\n{marked.pop("header")}\n---\n\n' + '\n\n'.join(marked.values()) + '\n'
+
+
+def _mark(section: str, text: str) -> str:
+    if section == 'header':  # YAML
+        return f'# generated: header\n{text}\n# end of generated header'
+    return f'<!-- generated: {section} -->\n{text}\n<!-- end of generated {section} -->'
+
+
+_SECTION = re.compile(
+    r'(?:<!-- |# )generated: (?P<name>\w+)(?: -->)?\n.*?(?:<!-- |# )end of generated (?P=name)(?: -->)?', re.DOTALL)
+
+
+def merge(old: str, new: str) -> str:
+    """Put a new card's generated sections into the old one, which keeps the rest of its text.
+
+    Raises:
+        ValueError: The old card lacks one of the sections.
+    """
+    sections = {m['name']: m[0] for m in _SECTION.finditer(new)}
+    missing = set(sections) - {m['name'] for m in _SECTION.finditer(old)}
+    if missing:
+        raise ValueError(
+            f'README.md has lost the markers of its generated sections ({", ".join(sorted(missing))}); '
+            'restore them, or remove the file to have it written anew')
+    return _SECTION.sub(lambda m: sections.get(m['name'], m[0]), old)
+
+
+def generate(name: str, folder: Path) -> Dict[Path, str]:
+    """The files of a pretrained tag in folder/<model>.<tag>, as they should be."""
+    model = meta_model(name)
+    config = model_config(name, model)
+    readme, text = folder / name / 'README.md', card(name, config, model)
+    if readme.exists():
+        text = merge(readme.read_text(encoding='utf-8'), text)
+    return {folder / name / 'config.json': to_json(config), readme: text}
+
+
+def main(folder: str = 'hub_configs') -> None:
+    """Write the files of all pretrained tags."""
+    for name in tqdm(list_names(pretrained=True), desc=folder, disable=None):
+        for path, text in generate(name, Path(folder)).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,326 @@
+"""Finding and reading checkpoints of any origin, and telling which model they are of."""
+import argparse
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
+from torch import nn
+from tqdm import tqdm
+
+from ..models._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
+from ..models._files import check_download, check_file
+from .zoo import list_names, meta_model, naming, table
+
+WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt')
+
+
+class Source(NamedTuple):
+    """A checkpoint file: where it lies, where it is from (in words), the pretrained tag that it is if that is known."""
+    path: Path
+    origin: str
+    name: Optional[str] = None
+
+
+def find(source: str) -> Source:
+    """A file, or one on the Hub, which is downloaded.
+
+    Args:
+        source: Path, pretrained tag ('videomamba_tiny_patch16_224.in1k'), or repository on the Hub with or without a
+            file ('owner/name', 'owner/name/file.pth', 'owner/name@revision/file.pth').
+    """
+    path = Path(source)
+    if path.is_file():
+        return Source(path, path.name, _known_name('', path.name))
+    if path.is_dir():
+        raise ValueError(f'source: {source} is a folder, needs one of its files')
+    repo = re.fullmatch(r'(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?', source)
+    if '/' not in source and is_model(source):
+        cfg = get_pretrained_cfg(source)
+        if cfg is None or not cfg.hf_hub_id:
+            raise ValueError(f'source: {source} has no pretrained weights')
+        repo_id, revision, file = cfg.hf_hub_id, None, cfg.hf_hub_filename
+    elif repo and not source.startswith(('/', '.')):
+        repo_id, revision, file = repo.groups()
+    else:
+        raise ValueError(f'source: there is no file {source}, nor is that a pretrained tag or a repository on the Hub')
+    file = file or _only_weights(repo_id, revision)
+    with naming(repo_id, file):
+        link = Path(hf_hub_download(repo_id, file, revision=revision))
+        check_download(link)
+    return Source(link, f'{repo_id}/{file}', _known_name(repo_id, file))
+
+
+def _only_weights(repo_id: str, revision: Optional[str]) -> str:
+    with naming(repo_id):
+        files = [f for f in HfApi().list_repo_files(repo_id, revision=revision) if f.endswith(WEIGHTS_SUFFIXES)]
+    files = [f for f in files if f == 'model.safetensors'] or files
+    if len(files) != 1:
+        raise ValueError(f'source: {repo_id} holds {", ".join(files) or "no weights"}; needs one, as {repo_id}/FILE')
+    return files[0]
+
+
+def _known_name(repo_id: str, file: str) -> Optional[str]:
+    """The pretrained tag whose weights are in that file."""
+    for name in list_names(pretrained=True):
+        cfg = get_pretrained_cfg(name)
+        if cfg.hf_hub_filename:
+            if cfg.hf_hub_filename == file and repo_id in ('', cfg.hf_hub_id):
+                return name
+        elif repo_id == cfg.hf_hub_id:
+            return name
+    return None
+
+
+class Checkpoint(NamedTuple):
+    """Parameters by name, and the architecture if the file names one (as timm's training scripts write it)."""
+    state_dict: StateDict
+    arch: Optional[str] = None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint without running code that it may hold.
+
+    Raises:
+        ValueError: It is damaged, no checkpoint, or needs code to be read; one line that names the file.
+    """
+    path = Path(path)
+    with open(path, 'rb') as f:
+        start = f.read(64)
+    if start.startswith(b'version https://git-lfs'):
+        raise ValueError(f'{path}: a pointer to a file in Git LFS, not the file; fetch that with `git lfs pull`')
+    check_file(path)
+    try:
+        if path.suffix == '.safetensors':
+            content = load_file(path)
+        else:
+            # timm's training checkpoints hold their arguments
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        if unsafe := _unsafe_globals(path):
+            raise ValueError(
+                f'{path}: reading it would run code ({", ".join(unsafe)}), which is refused; if you trust its source, '
+                'load it with torch.load(weights_only=False) and save the state dict alone') from e
+        raise ValueError(f'{path}: it is no checkpoint, or damaged') from e
+    except Exception as e:  # what a damaged file makes the unpickler raise is of any kind
+        reason = (str(e).splitlines() or [''])[0]
+        raise ValueError(f'{path}: it is no checkpoint, or damaged ({f"{type(e).__name__} {reason}".strip()})') from e
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise ValueError(f'{path}: it holds a {type(content).__name__}, needs a dict of parameters by name')
+    for ema in ('state_dict_ema', 'model_ema'):
+        if isinstance(content.get(ema), dict):
+            state_dict = unwrap_state_dict(content[ema])
+            break
+    else:
+        state_dict = unwrap_state_dict(content)
+    state_dict = {k: v for k, v in state_dict.items() if isinstance(v, torch.Tensor)}
+    if not state_dict:
+        raise ValueError(f'{path}: it holds no parameters, but {", ".join(map(str, list(content)[:5])) or "nothing"}')
+    for k, v in state_dict.items():
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise ValueError(f'{path}: {k} is not finite')
+    arch = content.get('arch')
+    return Checkpoint(state_dict, arch if isinstance(arch, str) else None)
+
+
+def _unsafe_globals(path: Path) -> List[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # damaged, or of a format that this does not know
+        return []
+
+
+class Fit(NamedTuple):
+    """How a checkpoint fits a model."""
+    name: str
+    kwargs: Dict[str, Any]
+    missing: List[str]  # names of the model
+    unexpected: List[str]  # names of the checkpoint, under the model's naming where that is known
+    wrong_shape: List[str]
+    resampled: bool  # the model's filter changed a shape
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.wrong_shape)
+
+    def problems(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.wrong_shape)
+
+
+def map_names(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """The checkpoint under the model's names, by its family's checkpoint_filter_fn.
+
+    Raises:
+        CheckpointMismatch: It is of another model.
+    """
+    module = sys.modules[model_entrypoint(model.pretrained_cfg['architecture']).__module__]
+    return module.checkpoint_filter_fn(dict(state_dict), model)
+
+
+def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
+    """Compare names and shapes of a checkpoint with those of a model."""
+    model = meta_model(name, **kwargs)
+    shapes = {k: torch.empty(v.shape, dtype=v.dtype, device='meta') for k, v in state_dict.items()}
+    try:
+        mapped = map_names(shapes, model)
+    except CheckpointMismatch as e:
+        mapped = e.state_dict
+    except Exception:  # the filter met something that its family knows nothing of
+        mapped = shapes
+    wanted = model.state_dict()
+    return Fit(
+        name,
+        kwargs,
+        missing=[k for k in wanted if k not in mapped],
+        unexpected=[k for k in mapped if k not in wanted],
+        wrong_shape=[
+            f'{k}: {list(v.shape)}, needs {list(wanted[k].shape)}'
+            for k, v in mapped.items() if k in wanted and v.shape != wanted[k].shape],
+        resampled=sorted(v.shape for v in shapes.values()) != sorted(v.shape for v in mapped.values()),
+    )
+
+
+def arguments(name: str, state_dict: StateDict) -> Dict[str, Any]:
+    """The arguments in which a checkpoint's model differs from the architecture's defaults, as far as shapes tell."""
+    cfg = get_pretrained_cfg(name, allow_unregistered=True) or meta_model(name).default_cfg
+    cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    kwargs = {}
+    classifier = cfg.get('classifier') or 'head'
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    head = state_dict.get(f'{classifier}.weight')
+    num_classes = head.shape[0] if head is not None else 0
+    if num_classes != cfg['num_classes']:
+        kwargs['num_classes'] = num_classes
+    first_conv = cfg.get('first_conv')
+    conv = state_dict.get(f'{first_conv}.weight') if isinstance(first_conv, str) else None
+    if conv is not None and conv.ndim >= 4 and conv.shape[1] != cfg['input_size'][0]:
+        kwargs['in_chans'] = conv.shape[1]
+    return kwargs
+
+
+def image_size(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Dict[str, Any]:
+    """As `arguments`, for the square image size that the number of position embeddings speaks of."""
+    model = meta_model(name, **kwargs)
+    pos_embed, patch_embed = state_dict.get('pos_embed'), getattr(model, 'patch_embed', None)
+    if pos_embed is None or pos_embed.ndim != 3 or not hasattr(patch_embed, 'grid_size'):
+        return {}
+    tokens = pos_embed.shape[1] - model.num_prefix_tokens
+    side = math.isqrt(max(tokens, 0))
+    if side ** 2 != tokens or tuple(patch_embed.grid_size) == (side, side):
+        return {}
+    patch = patch_embed.patch_size[0]
+    stride = getattr(patch_embed, 'stride', None) or patch
+    stride = stride if isinstance(stride, int) else stride[0]
+    return dict(img_size=(side - 1) * stride + patch)
+
+
+def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) -> Tuple[Fit, str]:
+    """The model that a checkpoint is of.
+
+    Args:
+        checkpoint: What the file holds.
+        source: Where it is from.
+        model: Its architecture, if that is known.
+
+    Returns:
+        The model, complete, and in words how sure that is.
+
+    Raises:
+        ValueError: It is of none of this package's models, not of `model`, or of several alike; with a short table of
+            the names that do not fit.
+    """
+    told = [
+        (model, 'as told'),
+        (source.name and source.name.partition('.')[0], (
+            f'certain, {source.origin} is the released file' if '/' in source.origin else
+            f'likely, all names and shapes fit and the released file is called {source.origin} too')),
+        (checkpoint.arch, 'certain, the checkpoint names it'),
+    ]
+    state_dict = checkpoint.state_dict
+    for name, why in told:
+        if name and is_model(name):
+            found = _fit_with_arguments(name, state_dict)
+            if found.complete:
+                return found, why
+            if name == model:
+                raise ValueError(f'{source.origin} is not of {name}:\n{_misfits(found)}')
+        elif name and name == model:
+            raise ValueError(f'model: there is no {name}, see `timm-ssm list --all`')
+
+    fits = [fit(n, arguments(n, state_dict), state_dict) for n in _representatives()]
+    least = min(f.problems() for f in fits)
+    # families that name their parameters so, by a small model of each
+    alike = [f.name for f in fits if _same_naming(f, state_dict) or f.problems() == least]
+    modules = {model_entrypoint(n).__module__ for n in alike}
+    candidates = [n for n in list_names() if model_entrypoint(n).__module__ in modules]
+    fits = [
+        _fit_with_arguments(n, state_dict)
+        for n in tqdm(candidates, desc='comparing names and shapes', leave=False, disable=None)]
+    complete = sorted((f for f in fits if f.complete), key=_rank)
+    if not complete:
+        nearest = min(fits, key=Fit.problems)
+        raise ValueError(f'{source.origin} is of none of the models here; {nearest.name} is the nearest:\n'
+                         f'{_misfits(nearest)}')
+    best = [f for f in complete if _rank(f) == _rank(complete[0])]
+    n = len(state_dict)
+    if len(best) == 1:
+        how = 'its position embedding is resampled' if best[0].resampled else 'no other model has them'
+        sure = 'likely' if best[0].resampled else 'certain'
+        return best[0], f'{sure}, all {n} names and shapes fit and {how}'
+    words = set(re.split('[^a-z0-9]+', source.origin.lower()))
+    named = [f for f in best if f.name.partition('_')[0] in words]
+    others = ', '.join(f.name for f in best)
+    if len(named) == 1:
+        return named[0], f'likely, names and shapes fit {others} alike and the file is called {source.origin}'
+    raise ValueError(f'{source.origin} fits {others} alike; say which it is with --model')
+
+
+def _rank(f: Fit) -> Tuple[bool, int, int]:
+    """The less a model has to be changed to take the checkpoint, the likelier it is."""
+    size = get_pretrained_cfg(f.name).input_size[1]
+    return f.resampled, len(f.kwargs), abs(f.kwargs.get('img_size', size) - size)
+
+
+def _fit_with_arguments(name: str, state_dict: StateDict) -> Fit:
+    kwargs = arguments(name, state_dict)
+    plain = fit(name, kwargs, state_dict)
+    size = image_size(name, kwargs, state_dict) if plain.resampled or not plain.complete else {}
+    sized = fit(name, {**kwargs, **size}, state_dict) if size else plain
+    return sized if sized.complete and not sized.resampled else plain
+
+
+def _representatives() -> List[str]:
+    """One small model of each family."""
+    first: Dict[str, str] = {}
+    for name in sorted(list_names(), key=lambda n: 'tiny' not in n):
+        first.setdefault(model_entrypoint(name).__module__, name)
+    return list(first.values())
+
+
+def _same_naming(f: Fit, state_dict: StateDict) -> bool:
+    """Whether most parameters are called as the model's are, whatever their number and shape."""
+    def patterns(names) -> set:
+        return {re.sub(r'\d+', '#', n) for n in names}
+
+    wanted = patterns(meta_model(f.name, **f.kwargs).state_dict())
+    return len(patterns(f.missing) & wanted) <= len(wanted) // 2
+
+
+def _misfits(f: Fit, rows: int = 4) -> str:
+    """A short table of the names that do not fit; those that differ by numbers only are counted together."""
+    lines = []
+    for what, names in (('missing', f.missing), ('unknown', f.unexpected), ('of another shape', f.wrong_shape)):
+        groups: Dict[str, List[str]] = {}
+        for name in names:
+            groups.setdefault(re.sub(r'\d+', '#', name.partition(':')[0]), []).append(name)
+        lines += [[what, str(len(group)), group[0]] for group in list(groups.values())[:rows]]
+        if rest := list(groups.values())[rows:]:
+            lines.append([what, str(sum(map(len, rest))), 'others'])
+    return table(lines, ['parameters', 'number', 'such as'], right=(1,))

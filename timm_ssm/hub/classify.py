@@ -1,0 +1,117 @@
+"""Images to class names and probabilities."""
+import io
+import urllib.request
+from pathlib import Path
+from typing import Any, Iterator, List, Tuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import CustomDatasetInfo, ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import nn
+from tqdm import tqdm
+
+import timm_ssm  # noqa: F401  registers the models
+
+from .zoo import num_frames
+
+
+def load_model(name: str, device: str = 'cpu') -> nn.Module:
+    """A pretrained model for images, by name, 'hf-hub:owner/name' or 'local-dir:folder', a bare folder included."""
+    if Path(name).is_dir():
+        name = f'local-dir:{name}'
+    model = timm.create_model(name, pretrained=True).eval().to(device)
+    if num_frames(model) > 1:
+        raise ValueError(f'model: {name} takes clips of {num_frames(model)} frames, needs one that takes images')
+    return model
+
+
+def class_names(model: nn.Module) -> List[str]:
+    """Names of a model's classes: its own, ImageNet's, or numbers."""
+    cfg = model.pretrained_cfg
+    if cfg.get('label_names'):
+        info = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
+    elif subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+    else:
+        return [f'class {i}' for i in range(model.num_classes)]
+    return [info.index_to_description(i) for i in range(model.num_classes)]
+
+
+def find_images(sources: List[str]) -> List[str]:
+    """Files and URLs as they are, folders as the images in them, in order."""
+    suffixes = get_img_extensions()
+    found = []
+    for source in sources:
+        if not source.startswith(('http://', 'https://')) and Path(source).is_dir():
+            images = sorted(str(p) for p in Path(source).rglob('*') if p.suffix.lower() in suffixes)
+            if not images:
+                raise ValueError(f'image: there are no images in {source}')
+            found += images
+        else:
+            found.append(source)
+    return found
+
+
+def open_image(source: str) -> Image.Image:
+    """An image file or URL, in RGB.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    try:
+        if source.startswith(('http://', 'https://')):
+            request = urllib.request.Request(source, headers={'User-Agent': 'timm-ssm'})
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return Image.open(io.BytesIO(reply.read())).convert('RGB')
+        with Image.open(source) as image:
+            return image.convert('RGB')
+    except Exception as e:  # Pillow's readers raise anything on damaged files
+        raise ValueError(f'image: cannot open {source} ({type(e).__name__}: {e})') from e
+
+
+@torch.inference_mode()
+def classify(
+        model: nn.Module,
+        sources: List[str],
+        topk: int = 5,
+        batch_size: int = 16,
+) -> Iterator[Tuple[str, Any]]:
+    """The likeliest classes of each image.
+
+    Args:
+        model: Image classifier.
+        sources: Files and URLs.
+        topk: Classes to give.
+        batch_size: Images to run at once.
+
+    Yields:
+        The source, and a list of dicts (index, name, probability), the likeliest first; or a ValueError where the image
+        cannot be opened.
+    """
+    transform = create_transform(**resolve_data_config(model=model))
+    names = class_names(model)
+    device = next(model.parameters()).device
+    with tqdm(total=len(sources), unit='image', disable=None, leave=False) as bar:
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start:start + batch_size]
+            images = [_try_open(source, transform) for source in batch]
+            good = [x for x in images if isinstance(x, torch.Tensor)]
+            if good:
+                top = model(torch.stack(good).to(device)).float().softmax(-1).topk(min(topk, len(names)))
+                rows = iter(zip(top.values.tolist(), top.indices.tolist()))
+            for source, image in zip(batch, images):
+                if isinstance(image, ValueError):
+                    yield source, image
+                else:
+                    yield source, [
+                        dict(index=i, name=names[i], probability=round(p, 6)) for p, i in zip(*next(rows))]
+            bar.update(len(batch))
+
+
+def _try_open(source: str, transform) -> Any:
+    try:
+        return transform(open_image(source))
+    except ValueError as e:
+        return e

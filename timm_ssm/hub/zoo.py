@@ -1,0 +1,104 @@
+"""The models of this package, and what is known about their pretrained tags."""
+import contextlib
+import fnmatch
+import functools
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import nn
+
+import timm_ssm  # noqa: F401  registers the models
+
+from ..models.published import PUBLISHED, Published
+
+# what a pretrained tag says about the training data, by its parts
+DATASETS = {
+    'in1k': 'ImageNet-1k',
+    'in21k': 'ImageNet-21k',
+    'k400': 'Kinetics-400',
+    'ssv2': 'Something-Something V2',
+    'breakfast': 'Breakfast',
+}
+
+
+def list_names(filters: Optional[List[str]] = None, pretrained: bool = False) -> List[str]:
+    """Names of this package's models, or of their pretrained tags, that match one of the shell-style filters."""
+    names = [
+        n for n in timm.list_models(pretrained=pretrained)
+        if model_entrypoint(n.partition('.')[0]).__module__.startswith('timm_ssm.')]
+    return [n for n in names if not filters or any(fnmatch.fnmatch(n, f) for f in filters)]
+
+
+@functools.cache
+def meta_model(name: str, **kwargs) -> nn.Module:
+    """The model without storage for its parameters; always the same one."""
+    kwargs['device'] = torch.device('meta')
+    try:
+        return timm.create_model(name, weight_init='skip', **kwargs)  # initialisation takes most of the time
+    except TypeError:  # not an argument of all families
+        return timm.create_model(name, **kwargs)
+
+
+def num_frames(model: nn.Module) -> int:
+    """Frames of the clips that a model takes; 1 for images."""
+    return getattr(getattr(model, 'patch_embed', None), 'num_frames', 1)
+
+
+def datasets(tag: str) -> List[str]:
+    """The data sets of a pretrained tag: 'in21k_ft_in1k' was trained on ImageNet-21k, then on ImageNet-1k."""
+    return [DATASETS[part] for part in tag.split('_') if part in DATASETS]
+
+
+def cached_file(name: str) -> Optional[Path]:
+    """Where the Hub's cache holds the weights of a pretrained tag; None if it does not."""
+    cfg = get_pretrained_cfg(name)
+    for file in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']:
+        path = try_to_load_from_cache(cfg.hf_hub_id, file)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def describe(name: str) -> Dict[str, Any]:
+    """A pretrained tag as a row of `timm-ssm list`."""
+    cfg = get_pretrained_cfg(name)
+    published = PUBLISHED.get(name, Published(None, None, ''))
+    return dict(
+        name=name,
+        top1=published.top1,
+        params=sum(p.numel() for p in meta_model(name).parameters()),
+        gmacs=published.gmacs,
+        input_size=tuple(cfg.input_size),
+        license=cfg.license,
+        cached=cached_file(name) is not None,
+    )
+
+
+@contextlib.contextmanager
+def naming(repo_id: str, file: str = '') -> Iterator[None]:
+    """What fails on the way to the Hub in one line that says with which repository and file; not all errors do.
+
+    Raises:
+        RuntimeError: The error in one line.
+    """
+    try:
+        yield
+    except Exception as e:  # of huggingface_hub, or of the HTTP library that it uses
+        if repo_id in str(e) and file in str(e):
+            raise
+        cause = e.__cause__ if isinstance(e, LocalEntryNotFoundError) else None
+        reasons = [' '.join(str(x).split()) or type(x).__name__ for x in (e, cause) if x]
+        raise RuntimeError(f'{"/".join(filter(None, (repo_id, file)))}: {" ".join(reasons)}') from e
+
+
+def table(rows: List[List[str]], header: List[str], right: Sequence[int] = ()) -> str:
+    """Rows under a header, in columns; those in `right` are aligned to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return '\n'.join(
+        '  '.join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in [header, ['-' * w for w in widths], *rows])
