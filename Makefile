@@ -5,12 +5,14 @@ PIP_FLAGS ?=
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = output/demo
+MODELS ?=
 
-.PHONY: help demo test lint
+.PHONY: help demo test timm-suite lint
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
 	@echo 'make lint   check the style'
+	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
 
 $(VENV)/installed: pyproject.toml setup.cfg
@@ -32,6 +34,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+timm-suite: $(VENV)/installed
+	$(BIN)/python tests/timm_suite.py $(MODELS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
