@@ -15,7 +15,7 @@ help:
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
 
-$(VENV)/installed: pyproject.toml setup.cfg
+$(VENV)/installed: pyproject.toml setup.cfg setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test]'
 	touch $@
