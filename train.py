@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
+import timm
 import torch
 import torch.nn as nn
 import yaml
@@ -303,6 +304,10 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     run_name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
     checkpoints = Checkpoints(os.path.join(args.output, run_name), args.checkpoint_hist, decreasing)
     resume = checkpoints.latest() if args.resume == 'auto' else args.resume
+    if args.distributed:  # the first process looks for all of them
+        found = [resume]
+        torch.distributed.broadcast_object_list(found)
+        resume = found[0]
     in_place = bool(resume) and os.path.abspath(os.path.dirname(resume)) == os.path.abspath(checkpoints.folder)
     if primary and checkpoints.latest() and not (in_place and re.match('last|recovery', os.path.basename(resume))):
         sys.exit(
@@ -429,6 +434,8 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch)
+    if lr_scheduler is None and args.sched != 'none':
+        sys.exit(f'--sched {args.sched}: timm {timm.__version__} has no such schedule')
     stop_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
     if not 0 < stop_epoch <= num_epochs:
         sys.exit(f'--stop-epoch {stop_epoch}: the schedule has {num_epochs} epochs')

@@ -268,7 +268,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     if args.sched == 'plateau':
         parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
     if args.sched == 'none' and args.layer_decay is not None:
-        parser.error('--sched none: it is the schedule that applies --layer-decay; constant is one that never decays')
+        parser.error('--sched none: it is the schedule that applies --layer-decay')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the run to look for')
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:

@@ -302,6 +302,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         crop_mode=data_config['crop_mode'],
         crop_border_pixels=args.crop_border_pixels,
         num_workers=args.workers,
+        persistent_workers=False,
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
         device=device,
