@@ -12,6 +12,7 @@ as `ops/naive.py`, itself one of them, spells out.
 """
 import importlib
 import os
+import warnings
 from types import ModuleType
 from typing import Dict, List, Optional, Union
 
@@ -20,13 +21,14 @@ from ..calls import ConvCall, ScanCall
 _MODULES = {
     'native': 'timm_ssm.ops.backends.native',
     'triton': 'timm_ssm.ops.backends.triton',
+    'mamba_ssm': 'timm_ssm.ops.backends.mamba_ssm',
     'naive': 'timm_ssm.ops.naive',
 }
 BACKENDS = tuple(_MODULES)
 #: Order of preference on each device type; devices not named here take `naive`.
 _PREFERENCE = {
     'cpu': ('native', 'naive'),
-    'cuda': ('triton', 'naive'),
+    'cuda': ('triton', 'mamba_ssm', 'naive'),
 }
 
 
@@ -59,11 +61,33 @@ def choose(call: Union[ScanCall, ConvCall], backend: str = '') -> ModuleType:
             raise RuntimeError(f'{asked_by}={backend} cannot serve this call: {reason}')
         return module
     device = (call.u[0] if isinstance(call, ScanCall) else call.x).device
+    refusals = {}
     for name in _PREFERENCE.get(device.type, ('naive',)):
         module = backend_module(name)
-        if not _refusal(module, call):
+        refusals[name] = _refusal(module, call)
+        if not refusals[name]:
+            if name == 'naive':
+                _warn_if_slow(call, refusals)
             return module
     raise AssertionError('unreachable: the naive backend runs every call')
+
+
+#: State updates of a call (B L D N a direction) from which on `naive` is worth a warning: a small model's at batch 4.
+SLOW = 1 << 24
+_warned = False
+
+
+def _warn_if_slow(call: Union[ScanCall, ConvCall], refusals: Dict[str, Optional[str]]) -> None:
+    """Say once per process that a large scan runs on the slow path, why, and what to do."""
+    global _warned
+    if _warned or isinstance(call, ConvCall) or len(call.u) * call.u[0].numel() * call.A[0].shape[1] < SLOW:
+        return
+    _warned = True
+    reasons = ''.join(f'\n  {name}: {reason}' for name, reason in refusals.items() if reason)
+    warnings.warn(
+        f'the selective scan of a large model runs on {call.u[0].device} in plain PyTorch, which is slow.{reasons}\n'
+        'See `python -m timm_ssm.env` for what can run here; with a GPU, install triton; on a CPU, reinstall timm-ssm '
+        'with a C++ compiler at hand.', stacklevel=2)
 
 
 def _refusal(module: ModuleType, call: Union[ScanCall, ConvCall]) -> Optional[str]:

@@ -7,6 +7,7 @@ With TRITON_INTERPRET=1 they serve CPU tensors through Triton's interpreter, whi
 Triton itself is imported when a kernel first runs.
 """
 import os
+from functools import cache
 from typing import List, Optional, Tuple
 
 import torch
@@ -21,6 +22,7 @@ def _interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET', '') == '1'
 
 
+@cache
 def unavailable() -> Optional[str]:
     """Why this backend cannot be used on this machine, None if it can."""
     try:

@@ -256,7 +256,7 @@ def _backward_direction(
             dinputs = tl.zeros([1, TILE, BLOCK], acc)  # dL/d(dt u) = sum_n g B
             ddecay = tl.zeros([1, TILE, BLOCK], acc)  # sum_n g exp(dt A) h[t-1] A
             into_first = tl.zeros([1, BLOCK], acc)
-            for i in range(N_POW2 // AT_ONCE):
+            for i in range((N + AT_ONCE - 1) // AT_ONCE):
                 ni = i * AT_ONCE + tl.arange(0, AT_ONCE)
                 at_n = ni[:, None] * channels + c[None, :]
                 at_n_mask = (ni < N)[:, None] & mask[None, :]

@@ -1,0 +1,37 @@
+"""`python -m timm_ssm.env`, and the warning before a slow path."""
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from timm_ssm.ops import backends, selective_scan
+
+from .ops.utils import scan_inputs
+
+
+def test_env_names_versions_and_every_backend():
+    out = subprocess.run(
+        [sys.executable, '-m', 'timm_ssm.env'], check=True, capture_output=True, text=True).stdout
+    assert torch.__version__ in out
+    lines = [line.split() for line in out.splitlines()]
+    for name in backends.BACKENDS:
+        assert any(line[:1] == [name] and line[1].startswith(('available', 'not')) for line in lines), name
+
+
+def test_slow_path_warns_once(monkeypatch):
+    monkeypatch.delenv('TIMM_SSM_BACKEND', raising=False)
+    monkeypatch.setattr(backends, '_PREFERENCE', {'cpu': ('mamba_ssm', 'naive')})
+    monkeypatch.setattr(backends, '_warned', False)
+    inputs = scan_inputs(length=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        selective_scan(**inputs)  # small
+        monkeypatch.setattr(backends, 'SLOW', 1)
+        selective_scan(**inputs, backend='naive')  # asked for
+    with pytest.warns(UserWarning, match=r'(?s)slow.*mamba_ssm: .*timm_ssm.env'):
+        selective_scan(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        selective_scan(**inputs)  # once is enough
