@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import BiMamba, LayerNorm, at_least_float32, state_decay
+from ..layers import BiMamba, LayerNorm, state_decay
 from ..ops import causal_conv1d, selective_scan
 from ._builder import build_model_with_cfg
 from ._checkpoints import StateDict, check_fits, unwrap_state_dict
@@ -161,7 +161,7 @@ class STVideoMamba(VideoMamba):
             x = x + pos_embed
         elif self.sinusoidal:
             x = x + sinusoidal_pos_embed(x.shape[1], x.shape[2], x.device).to(x.dtype)
-        return self.pos_drop(at_least_float32(x))
+        return x
 
 
 def _expand_pos_embed(pos_embed: torch.Tensor, model: STVideoMamba, method: str) -> torch.Tensor:

@@ -275,8 +275,7 @@ class VideoMamba(nn.Module):
         if self.temporal_pos_embed is not None:
             x = x + self.temporal_pos_embed.unsqueeze(2)
         cls_token = self.cls_token + pos_embed[:, :1]
-        x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
-        return self.pos_drop(at_least_float32(x))
+        return torch.cat((cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
 
     def _arrange(self, x: torch.Tensor) -> torch.Tensor:
         """Class token and patches (B, 1 + T H W, C) to the order in which the blocks see them."""
@@ -285,6 +284,11 @@ class VideoMamba(nn.Module):
     def _restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `_arrange`."""
         return x
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, H, W, C) to the input of the blocks."""
+        x = self._pos_embed(x)
+        return self._arrange(self.pos_drop(at_least_float32(x)))
 
     def forward_intermediates(
             self,
@@ -316,7 +320,7 @@ class VideoMamba(nn.Module):
 
         x = self.patch_embed(x)
         B, T, H, W, _ = x.shape
-        x = self._arrange(self._pos_embed(x))
+        x = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
@@ -362,7 +366,7 @@ class VideoMamba(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images or clips to normed tokens (B, 1 + T H W, C), the class token first."""
         x = self.patch_embed(x)
-        x = self._arrange(self._pos_embed(x))
+        x = self._embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
