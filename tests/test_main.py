@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_train import torchrun
+from timm_ssm.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = '''
@@ -61,13 +62,15 @@ def test_runs_under_torchrun(tmp_path, script):
         assert facts['has_model'] and facts['rank'] == str(rank)
 
 
-def test_missing_script(tmp_path):
-    done = run(tmp_path, '-m', 'timm_ssm', 'nowhere.py', '--flag')
-    assert done.returncode == 1
-    assert done.stderr.strip() == "python -m timm_ssm: there is no script 'nowhere.py'"
+def test_missing_script(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['timm_ssm', 'nowhere.py', '--flag'])
+    with pytest.raises(SystemExit, match="^python -m timm_ssm: there is no script 'nowhere.py'$"):
+        main()
 
 
 @pytest.mark.parametrize('flags, status', [([], 1), (['--help'], 0)])
-def test_usage(tmp_path, flags, status):
-    done = run(tmp_path, '-m', 'timm_ssm', *flags)
-    assert done.returncode == status and 'python -m timm_ssm SCRIPT' in done.stdout
+def test_usage(monkeypatch, capsys, flags, status):
+    monkeypatch.setattr(sys, 'argv', ['timm_ssm', *flags])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == status and 'python -m timm_ssm SCRIPT' in capsys.readouterr().out
