@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import exportable
 from .backends import choose
 from .calls import ConvCall, acc_dtype
-from .glue import below_autograd, exporting, needs_grad, refuse_second_derivative, run, to_autocast_dtype
+from .glue import autocast_dtype, below_autograd, exporting, needs_grad, refuse_second_derivative, run
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -94,7 +94,9 @@ def _causal_conv1d(
         centered: bool,
         backend: Optional[str],
 ) -> List[torch.Tensor]:
-    x, = to_autocast_dtype(x)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
     for i, w in enumerate(weight):
         b = None if bias is None else bias[i]
         if not _fits(x, w, b, activation):

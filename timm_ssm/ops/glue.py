@@ -10,7 +10,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def exporting() -> bool:
     """Whether to run plain PyTorch operators alone: an ONNX export is under way, or timm's exportable flag is set."""
-    return is_exportable() or torch.onnx.is_in_onnx_export()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_exportable() or (tracing and torch.onnx.is_in_onnx_export())
 
 
 def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
@@ -26,17 +27,16 @@ def run(op: Any, tensors: Iterable[Optional[torch.Tensor]], *args) -> Any:
         return op(*args)
 
 
-def to_autocast_dtype(*tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
-    """Activations in the dtype that autocast, if it is on, wants on their device; float64 stays."""
-    device_type = tensors[0].device.type
+def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
+    """The dtype that autocast wants activations like `x` in, None to leave them: it is off, or they are float64."""
+    device_type = x.device.type
     if (
             device_type == 'meta'  # knows no autocast
             or not torch.is_autocast_enabled(device_type)
-            or tensors[0].dtype == torch.float64
+            or x.dtype == torch.float64
     ):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [None if x is None else x.to(dtype) for x in tensors]
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import choose
 from .calls import ScanCall, acc_dtype
 from .exportable import parallel_scan
-from .glue import below_autograd, exporting, needs_grad, refuse_second_derivative, run, to_autocast_dtype
+from .glue import autocast_dtype, below_autograd, exporting, needs_grad, refuse_second_derivative, run
 from .naive import selective_scan_naive
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
@@ -140,8 +140,10 @@ def _selective_scan(
         mask_diagonal: List[bool],
         backend: Optional[str],
 ) -> torch.Tensor:
-    u, delta, B, C = (to_autocast_dtype(*xs) for xs in (u, delta, B, C))
-    z = z if z is None else to_autocast_dtype(z)[0]
+    dtype = autocast_dtype(u[0])
+    if dtype is not None:
+        u, delta, B, C = ([x.to(dtype) for x in xs] for xs in (u, delta, B, C))
+        z = z if z is None else z.to(dtype)
     for i in range(len(u)):
         args = (u[i], delta[i], A[i], B[i], C[i], D and D[i], z, delta_bias and delta_bias[i])
         if not _fits(*args):

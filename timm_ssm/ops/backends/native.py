@@ -7,7 +7,7 @@ import ctypes
 import os
 import struct
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 
@@ -64,15 +64,9 @@ def refuses_conv(call: ConvCall) -> Optional[str]:
     return None if call.x.is_cpu else 'it runs on the CPU'
 
 
-_ABSENT = (0, 0, 0, 0)
-
-
 def _tensor(x: Optional[torch.Tensor]) -> Tuple[int, ...]:
-    """Address and strides of batch, token and group: `Tensor` in native.h."""
-    if x is None:
-        return _ABSENT
-    strides = x.stride()
-    return x.data_ptr(), strides[0], strides[1], strides[2]
+    """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -80,14 +74,17 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(name: str, dtype: torch.dtype, fields: List[int]) -> None:
-    fields = (_isa, 1 if _forked else torch.get_num_threads(), dtype == torch.float64, *fields)
-    if getattr(_lib, f'timm_ssm_{name}')(struct.pack(f'{len(fields)}q', *fields)):
-        raise MemoryError(f'native: no memory left for {name}')
+def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]) -> None:
+    threads = 1 if _forked else torch.get_num_threads()
+    if function(struct.pack(f'{3 + len(fields)}q', _isa, threads, dtype == torch.float64, *fields)):
+        raise MemoryError('native: no memory left')
+
+
+_NO_GRADS = (0,) * 17
 
 
 def _run_scan(
-        name: str,
+        function: Callable[[bytes], int],
         call: ScanCall,
         out: torch.Tensor,
         y: Optional[torch.Tensor],
@@ -97,29 +94,28 @@ def _run_scan(
         grads: Optional[List[List[torch.Tensor]]] = None,
 ) -> None:
     """Pack `Scan` of native.h and run it. `out` is the incoming gradient in a backward pass."""
-    batch, length, channels = call.u[0].shape
-    groups, d_state = call.B[0].shape[2] if call.B[0].ndim == 4 else 1, call.A[0].shape[1]
-    inputs = [[_rows(x) for x in xs] for xs in (call.u, call.delta, call.B, call.C)]
+    inputs = [[_rows(x) for x in xs] for xs in (call.u, call.delta, call.B, call.C)]  # alive until the call returns
     z = call.z if call.z is None else _rows(call.z)
+    B = call.B[0]
     fields = [
-        batch, length, channels, groups, d_state, len(call.u), call.delta_softplus, call.residual, parts,
-        *_tensor(z), *_tensor(y), *_tensor(out), *_tensor(dz),
+        *call.u[0].shape, B.shape[2] if B.ndim == 4 else 1, B.shape[-1], len(call.u), call.delta_softplus,
+        call.residual, parts, *_tensor(z), *_tensor(y), *_tensor(out), *_tensor(dz),
     ]
-    for i in range(len(call.u)):
-        for xs in inputs:
-            fields += _tensor(xs[i])
+    for i, direction in enumerate(zip(*inputs)):
+        for x in direction:
+            fields += _tensor(x)
         fields += (
             call.A[i].data_ptr(), call.D[i].data_ptr() if call.D else 0,
             call.delta_bias[i].data_ptr() if call.delta_bias else 0, 0 if states is None else states[i].data_ptr(),
             call.reverse[i], call.mask_diagonal[i])
         if grads is None:
-            fields += _ABSENT * 4 + (0,)
+            fields += _NO_GRADS
         else:
             *tensors, dparameters = grads[i]
             for x in tensors:
                 fields += _tensor(x)
             fields.append(dparameters.data_ptr())
-    _run(name, out.dtype, fields)
+    _run(function, out.dtype, fields)
 
 
 def _wide_scan(call: ScanCall) -> ScanCall:
@@ -138,7 +134,7 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
     y = torch.empty_like(out) if save and call.z is not None else out.new_empty(0)
     states = call.new_states(save)
     if out.numel():
-        _run_scan('scan_forward', call, out, y if y.numel() else None, states if save else None)
+        _run_scan(_lib.timm_ssm_scan_forward, call, out, y if y.numel() else None, states if save else None)
     return out, y, states
 
 
@@ -167,7 +163,7 @@ def scan_backward(
     dz = None if call.z is None else new(grad_out.shape)
     if grad_out.numel():
         _run_scan(
-            'scan_backward', call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz, grads)
+            _lib.timm_ssm_scan_backward, call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz, grads)
 
     results = []
     for i, (du, ddelta, dB, dC, dparameters) in enumerate(grads):
@@ -184,7 +180,7 @@ def scan_backward(
 
 
 def _run_conv(
-        name: str,
+        function: Callable[[bytes], int],
         call: ConvCall,
         outs: List[torch.Tensor],
         dx: Optional[torch.Tensor] = None,
@@ -198,7 +194,7 @@ def _run_conv(
         fields += (
             call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i], *_tensor(out),
             dparameters[i].data_ptr() if dparameters else 0)
-    _run(name, x.dtype, fields)
+    _run(function, x.dtype, fields)
 
 
 def conv_forward(call: ConvCall) -> List[torch.Tensor]:
@@ -208,7 +204,7 @@ def conv_forward(call: ConvCall) -> List[torch.Tensor]:
         return [out.to(x.dtype) for out in conv_forward(call._replace(x=x.float()))]
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in call.weight]
     if x.numel():
-        _run_conv('conv_forward', call, outs)
+        _run_conv(_lib.timm_ssm_conv_forward, call, outs)
     return outs
 
 
@@ -226,7 +222,7 @@ def conv_backward(
     dx = new(x.shape)
     dparameters = [new((x.shape[0], kernel_size + 1, x.shape[2])) for _ in call.weight]
     if x.numel():
-        _run_conv('conv_backward', call, grad_outs, dx, dparameters)
+        _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dparameters)
     dparameters = [p.sum(0) for p in dparameters]
     return (
         dx, [p[:kernel_size].t().contiguous() for p in dparameters],
