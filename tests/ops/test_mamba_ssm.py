@@ -105,7 +105,8 @@ def scan_call(directions, gate=True, optional=True, residual=False, mask=False, 
 
 @pytest.mark.parametrize('case', [
     dict(directions=1), dict(directions=2), dict(directions=2, gate=False), dict(directions=1, optional=False),
-    dict(directions=2, groups=3), dict(directions=2, softplus=False, optional=False), dict(directions=2, dtype=torch.bfloat16),
+    dict(directions=2, groups=3), dict(directions=2, softplus=False, optional=False),
+    dict(directions=2, dtype=torch.bfloat16),
     dict(directions=1, length=1)], ids=str)
 def test_scan(stand_ins, case):
     call = scan_call(**case)

@@ -9,6 +9,7 @@ import triton.language as tl
 from ...calls import STATE_STRIDE, ScanCall
 from .common import (
     LOG2E,
+    alignment,
     block_channels,
     channel_sums,
     device_guard,
@@ -100,7 +101,7 @@ def _untranspose_kernel(
 def _carry_direction(
         delta_ptr, C_ptr, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
         split, c, mask, length, channels, span, delta_l, C_l, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
         HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
 ):
     acc = params_ptr.dtype.element_ty
@@ -121,7 +122,7 @@ def _carry_direction(
             t = length - 1 - s
         dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
         dy = tl.load(grad_ptr + t * channels + c, mask=mask, other=0.).to(acc)
-        C = load_row(C_ptr + t * C_l, n, N, N_POW2).to(acc)
+        C = load_row(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
         if HAS_Z:
             z = tl.load(z_ptr + t * z_l + c, mask=mask, other=0.).to(acc)
             dy *= z * sigmoid(z)
@@ -141,7 +142,7 @@ def _scan_carry(
         delta0_ptr, delta1_ptr, C0_ptr, C1_ptr, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
         batch, length, channels, per_group, blocks, splits, span,
         delta_b, delta_l, C_b, C_l, C_g, z_b, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, DIRECTIONS: tl.constexpr,
         SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
 ):
@@ -165,14 +166,14 @@ def _scan_carry(
         _carry_direction(
             delta0_ptr + b * delta_b, C0_ptr + b * C_b + g * C_g, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
             split, c, mask, length, channels, span, delta_l, C_l, z_l,
-            N, N_POW2, REVERSE0, SOFTPLUS, HAS_BIAS, HAS_Z,
+            N, N_POW2, ALIGNED, REVERSE0, SOFTPLUS, HAS_BIAS, HAS_Z,
         )
     elif DIRECTIONS == 2:
         _carry_direction(
             delta1_ptr + b * delta_b, C1_ptr + b * C_b + g * C_g, z_ptr, grad_ptr, params_ptr + (N + 2) * channels,
             carries_ptr, sums_ptr,
             split, c, mask, length, channels, span, delta_l, C_l, z_l,
-            N, N_POW2, REVERSE1, SOFTPLUS, HAS_BIAS, HAS_Z,
+            N, N_POW2, ALIGNED, REVERSE1, SOFTPLUS, HAS_BIAS, HAS_Z,
         )
 
 
@@ -181,7 +182,7 @@ def _backward_direction(
         u_ptr, delta_ptr, B_ptr, z_ptr, params_ptr, bc_ptr, states_ptr, starts_ptr, carries_ptr, grad_ptr, y_ptr,
         du_ptr, ddelta_ptr, dz_ptr, dbc_ptr, dparams_ptr,
         split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_DZ: tl.constexpr,
         STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
@@ -218,7 +219,7 @@ def _backward_direction(
                 t = length - 1 - s
             u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.).to(acc)
             dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
-            B = load_row(B_ptr + t * B_l, n, N, N_POW2).to(acc)
+            B = load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED).to(acc)
             if HAS_BIAS:
                 dt += bias
             if SOFTPLUS:
@@ -339,9 +340,9 @@ def _scan_backward(
         du0_ptr, du1_ptr, ddelta0_ptr, ddelta1_ptr, dz_ptr, dbc_ptr, dparams_ptr,
         batch, length, channels, groups, per_group, blocks, splits, span, chunks, padded,
         u_b, u_l, delta_b, delta_l, B_b, B_l, B_g, z_b, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DIRECTIONS: tl.constexpr,
-        REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, MASK0: tl.constexpr, MASK1: tl.constexpr,
-        SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+        DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
+        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_Z: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time: one
@@ -374,7 +375,7 @@ def _scan_backward(
             states_ptr, starts_ptr, carries_ptr, grad_ptr + token, y_ptr + token,
             du0_ptr + token, ddelta0_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
-            N, N_POW2, BLOCK, REVERSE0, MASK0, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, HAS_Z,
+            N, N_POW2, BLOCK, ALIGNED, REVERSE0, MASK0, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, HAS_Z,
             STRIDE, TILE, AT_ONCE, REDUCE,
         )
     elif DIRECTIONS == 2:
@@ -384,7 +385,7 @@ def _scan_backward(
             states_ptr, starts_ptr, carries_ptr, grad_ptr + token, y_ptr + token,
             du1_ptr + token, ddelta1_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
-            N, N_POW2, BLOCK, REVERSE1, MASK1, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, False,
+            N, N_POW2, BLOCK, ALIGNED, REVERSE1, MASK1, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, False,
             STRIDE, TILE, AT_ONCE, REDUCE,
         )
 
@@ -443,7 +444,7 @@ def scan_backward(
                     *delta, *C, z_, grad_out, params, carries, sums,
                     batch, length, channels, p.per_group, p.blocks, p.splits, p.span,
                     *strides(delta[0], 0, 1), *strides(C[0], 0, 1, 2), *strides(z_, 0, 1),
-                    DIRECTIONS=n_directions, **order, **forms, **shared)
+                    DIRECTIONS=n_directions, ALIGNED=alignment(C), **order, **forms, **shared)
                 enter[(n_directions * batch * p.blocks,)](
                     *u, params, carries, sums,
                     batch, length, channels, p.per_group, p.blocks, p.splits, *strides(u[0], 0, 1),
@@ -453,7 +454,8 @@ def scan_backward(
                 du[0], du[-1], ddelta[0], ddelta[-1], grad_out if dz is None else dz, dbc, dparams,
                 batch, length, channels, groups, p.per_group, p.blocks, p.splits, p.span, chunks, padded,
                 *strides(u[0], 0, 1), *strides(delta[0], 0, 1), *strides(B[0], 0, 1, 2), *strides(z_, 0, 1),
-                DIRECTIONS=n_directions, MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
+                DIRECTIONS=n_directions, ALIGNED=alignment(B),
+                MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
                 RESIDUAL=call.residual, HAS_D=len(call.D) > 0,
                 STRIDE=STATE_STRIDE, TILE=TILE, **tuning(grad_out, shared['N_POW2']), **order, **forms, **shared)
             _untranspose_kernel[(n_directions * batch * groups * chunks,)](

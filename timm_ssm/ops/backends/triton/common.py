@@ -1,5 +1,6 @@
 """What the Triton kernels share: element-wise functions, and how the host prepares a call."""
 import contextlib
+import math
 from functools import cache
 from typing import List, NamedTuple, Sequence, Tuple
 
@@ -48,12 +49,14 @@ def block_channels(block, per_group, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_row(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr):
-    """B or C of one token, zero beyond N."""
+def load_row(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr):
+    """B or C of one token, zero beyond N. Slices of a projection are seldom aligned to what Triton finds out by itself,
+    hence ALIGNED, in bytes: the loads of a row become one or two."""
+    at = tl.multiple_of(ptr + n, ALIGNED)
     if N == N_POW2:
-        x = tl.load(ptr + n)
+        x = tl.load(at)
     else:
-        x = tl.load(ptr + n, mask=n < N, other=0.)
+        x = tl.load(at, mask=n < N, other=0.)
     return x
 
 
@@ -138,6 +141,14 @@ def parameters(call: ScanCall) -> torch.Tensor:
             call.delta_bias[i][None] if call.delta_bias else filler,
         ]
     return torch.cat(pieces)
+
+
+def alignment(xs: Sequence[torch.Tensor]) -> int:
+    """Bytes, up to 16, that divide the address of every token of B or C."""
+    steps = [16]
+    for x in xs:
+        steps += [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    return math.gcd(*steps)
 
 
 def strides(x: torch.Tensor, *axes: int) -> Tuple[int, ...]:

@@ -84,15 +84,15 @@ def _conv_backward_activation(
         while begin < tl.minimum((span + 1) * SPAN, length):
             t = begin + tl.arange(0, TOKENS)
             live = (t < length)[:, None] & mask[None, :]
-            to = (b * length + t)[:, None] * channels + c[None, :]
-            g = tl.load((grad0_ptr if i == 0 else grad1_ptr) + to, mask=live, other=0.).to(acc)
+            at = (b * length + t)[:, None] * channels + c[None, :]
+            g = tl.load((grad0_ptr if i == 0 else grad1_ptr) + at, mask=live, other=0.).to(acc)
             if SILU:
                 y = _pre_activation(
                     x_ptr, weight_ptr + i * K * channels, bias_ptr + i * channels, t, c, mask, length, channels, x_l,
                     K, REVERSE0 if i == 0 else REVERSE1, BEFORE, HAS_BIAS)
                 gate = sigmoid(y)
                 g *= gate * (1. + y * (1. - gate))
-                tl.store((pre0_ptr if i == 0 else pre1_ptr) + to, g.to(pre0_ptr.dtype.element_ty), mask=live)
+                tl.store((pre0_ptr if i == 0 else pre1_ptr) + at, g.to(pre0_ptr.dtype.element_ty), mask=live)
             for k in tl.static_range(K):
                 x = _tokens(x_ptr, t, k, c, mask, length, x_l, REVERSE0 if i == 0 else REVERSE1, BEFORE).to(acc)
                 shares += tl.where((k1 == k)[:, None], tl.sum(g * x, 0)[None, :], 0.)

@@ -8,6 +8,7 @@ import triton.language as tl
 from ...calls import STATE_STRIDE, ScanCall
 from .common import (
     LOG2E,
+    alignment,
     block_channels,
     device_guard,
     directions,
@@ -29,8 +30,8 @@ def _scan_direction(
         b, split, c, mask,
         length, channels, splits, span, chunks,
         u_l, delta_l, B_l, C_l, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr,
-        SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr,
+        REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_Z: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, SUMMARY: tl.constexpr,
         FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
 ):
@@ -75,7 +76,7 @@ def _scan_direction(
                 tl.store(states_ptr + (s // STRIDE) * N * channels + tile, h, mask=tile_mask)
         u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.).to(acc)
         dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
-        B = load_row(B_ptr + t * B_l, n, N, N_POW2).to(acc)
+        B = load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED).to(acc)
         if HAS_BIAS:
             dt += bias
         if SOFTPLUS:
@@ -85,7 +86,7 @@ def _scan_direction(
         if SUMMARY:
             total += dt
         else:
-            C = load_row(C_ptr + t * C_l, n, N, N_POW2).to(acc)
+            C = load_row(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
             if MASK_DIAGONAL:
                 y = tl.where(s == 0, 0., tl.sum(decayed * C[:, None], axis=0))
             else:
@@ -113,9 +114,9 @@ def _scan_forward(
         starts_ptr, sums_ptr, out_ptr, y_ptr, states_ptr,
         batch, length, channels, per_group, blocks, splits, span, chunks,
         u_b, u_l, delta_b, delta_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l,
-        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, DIRECTIONS: tl.constexpr,
-        REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, MASK0: tl.constexpr, MASK1: tl.constexpr,
-        SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+        DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
+        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
         HAS_Z: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, SUMMARY: tl.constexpr, STRIDE: tl.constexpr,
 ):
     """A block of channels of one batch item over one stretch of tokens, one direction after the other.
@@ -150,7 +151,7 @@ def _scan_forward(
             b, split, c, mask,
             length, channels, splits, span, chunks,
             u_l, delta_l, B_l, C_l, z_l,
-            N, N_POW2, REVERSE0 if i == 0 else REVERSE1, MASK0 if i == 0 else MASK1,
+            N, N_POW2, ALIGNED, REVERSE0 if i == 0 else REVERSE1, MASK0 if i == 0 else MASK1,
             SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, SAVE, SPLIT, SUMMARY, i == 0, i == DIRECTIONS - 1, STRIDE,
         )
 
@@ -221,7 +222,7 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
                 batch, length, channels, p.per_group, p.blocks, p.splits, p.span, chunks,
                 *strides(u[0], 0, 1), *strides(delta[0], 0, 1), *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
                 *strides(z_, 0, 1),
-                DIRECTIONS=n_directions,
+                DIRECTIONS=n_directions, ALIGNED=alignment([*B, *C]),
                 REVERSE0=call.reverse[0], REVERSE1=call.reverse[-1],
                 MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
                 SOFTPLUS=call.delta_softplus, RESIDUAL=call.residual,
