@@ -14,7 +14,9 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PATTERNS = ['videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*']
+DEFAULT_PATTERNS = [
+    'videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*', 'mambavision_tiny', 'groupmamba_tiny',
+    'stable_groupmamba_small']
 # modules of isotropic families: their models are held to test_model_default_cfgs_non_std instead of the standard one
 ISOTROPIC = ['videomamba', 'vim']
 # timm's tests feed images; models that take clips have tests of their own

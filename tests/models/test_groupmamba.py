@@ -268,7 +268,6 @@ def test_heads_and_pooling():
 
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(global_pool='max'), ValueError, "global_pool: got 'max', needs 'avg' or ''"),
-    (dict(global_pool=''), ValueError, "global_pool: got '' with 7 classes"),
     (dict(embed_dims=(16, 32, 50, 64)), ValueError, 'embed_dims: got 50, needs multiples of 4'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),
 ])
@@ -399,7 +398,7 @@ def test_compile_and_export():
     with torch.no_grad():
         want = model(x)
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), want)
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
         y = torch.randn(3, 3, 32, 32)
         torch.testing.assert_close(program.module()(y), model(y))
 

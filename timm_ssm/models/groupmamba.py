@@ -291,7 +291,7 @@ class GroupMamba(HierarchicalModel):
         Args:
             in_chans: Input channels.
             num_classes: Classes of the heads; 0 for no head.
-            global_pool: 'avg', or '' to return the last stage's map: no pooling, block after it, norm, or head.
+            global_pool: 'avg', or '' (with num_classes 0) for the last stage's map without what follows pooling.
             stem_dim: Channels inside the stem.
             embed_dims: Channels of each stage, multiples of 4.
             depths: Blocks of each stage.
@@ -304,7 +304,7 @@ class GroupMamba(HierarchicalModel):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        _check_pool(global_pool, num_classes)
+        _check_pool(global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -379,12 +379,11 @@ class GroupMamba(HierarchicalModel):
             num_classes: Classes; 0 for no head.
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
-        if global_pool is None:
-            global_pool = self.global_pool
-        _check_pool(global_pool, num_classes)
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
         weight = self.stem[0].weight
         self.num_classes = num_classes
-        self.global_pool = global_pool
         self.head_hidden_size = self.num_features
         self.head, self.head_dist = self._heads(device=weight.device, dtype=weight.dtype)
         self.head.train(self.training)
@@ -426,11 +425,9 @@ class GroupMamba(HierarchicalModel):
             return (x + x_dist) / 2
 
 
-def _check_pool(global_pool: str, num_classes: int) -> None:
+def _check_pool(global_pool: str) -> None:
     if global_pool not in ('', 'avg'):
         raise ValueError(f"global_pool: got {global_pool!r}, needs 'avg' or ''")
-    if not global_pool and num_classes:
-        raise ValueError(f"global_pool: got '' with {num_classes} classes, needs 'avg', or num_classes 0")
 
 
 def _init_weights(module: nn.Module, name: str, needs_reset: bool) -> None:

@@ -236,7 +236,7 @@ class MambaVision(HierarchicalModel):
             img_size: Height and width in pixels that the windows are made for; the input may have any other.
             in_chans: Input channels.
             num_classes: Classes of the head; 0 for no head.
-            global_pool: Pooling before the head: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
+            global_pool: Pooling: 'avg', 'max', 'avgmax', 'catavgmax', or '' (with num_classes 0) for none.
             stem_dim: Channels inside the stem.
             embed_dim: Channels of stage 1; they double from stage to stage.
             depths: Blocks of each of the four stages.

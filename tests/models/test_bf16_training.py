@@ -1,0 +1,50 @@
+"""Every family trains under bfloat16 autocast, on photographs of handwritten digits."""
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch.nn import functional as F
+
+import timm_ssm  # noqa: F401  registers the models
+
+MODELS = {
+    'videomamba_tiny_patch16_224': dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
+    'vim_tiny_patch16_224': dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
+    'mambavision_tiny': dict(img_size=32, stem_dim=8, embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 4)),
+    'groupmamba_tiny': dict(stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), mlp_ratios=(4, 4, 2, 2)),
+    'stable_groupmamba_small': dict(
+        stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 2, 2, 1), mlp_ratios=(4, 4, 2, 2)),
+}
+
+
+@pytest.fixture(scope='module')
+def digits():
+    data = pytest.importorskip('sklearn.datasets').load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    return F.interpolate(images, size=(32, 32), mode='bilinear').expand(-1, 3, -1, -1), torch.from_numpy(data.target)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_bf16_training(name, digits):
+    """200 steps: losses, gradients, parameters and buffers stay finite, and unseen digits are told apart."""
+    images, labels = digits
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, drop_path_rate=.1, **MODELS[name])
+    optimizer = create_optimizer_v2(model, 'adamw', lr=2e-3, weight_decay=.05)
+    train = 1500
+    model.train()
+    for step in range(200):
+        batch = torch.randint(train, (32,))
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = F.cross_entropy(model(images[batch]).float(), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        assert loss.isfinite() and norm.isfinite(), f'step {step}: loss {loss}, gradient norm {norm}'
+        optimizer.step()
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    model.eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        accuracy = (model(images[train:]).argmax(1) == labels[train:]).float().mean().item()
+    print(name, accuracy)
+    assert accuracy > .8, accuracy
