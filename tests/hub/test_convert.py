@@ -143,7 +143,7 @@ class TestDetect:
         with pytest.raises(ValueError, match='x.pth is of none of the models here') as e:
             checkpoints.detect(checkpoints.Checkpoint(vit), checkpoints.Source(None, 'x.pth'))
         lines = str(e.value).splitlines()
-        assert len(lines) < 14 and any('blocks.0.attn.qkv.weight' in line and 'unknown' in line for line in lines)
+        assert len(lines) < 20 and any('blocks.0.attn.qkv.weight' in line and 'unknown' in line for line in lines)
 
     def test_missing_and_unknown_names(self):
         weights = released()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.models import model_entrypoint
 from torch import nn
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ def model_config(
         label_names: Names of the classes, in order, where they are not ImageNet's.
     """
     model_args = dict(model_args or {})
-    cfg = {**get_pretrained_cfg(name.partition('.')[0]).to_dict(), **model.pretrained_cfg}
+    cfg = dict(model.pretrained_cfg)
     for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
         cfg.pop(key, None)
     if '.' not in name:  # these describe the tag's weights, not the ones at hand
@@ -79,7 +79,7 @@ def model_config(
         architecture=name.partition('.')[0],
         num_classes=num_classes,
         num_features=model.num_features,
-        global_pool=_global_pool(model),
+        global_pool=getattr(model.global_pool, 'pool_type', model.global_pool),  # a module, or its name
         pretrained_cfg=cfg,
     )
     if label_names:
@@ -87,14 +87,6 @@ def model_config(
     if model_args:  # without num_classes, which transformers' TimmWrapper passes by itself
         config['model_args'] = model_args
     return config
-
-
-def _global_pool(model) -> str:
-    """The pooling's name, kept by the model or by its head."""
-    pool = getattr(model, 'global_pool', None)
-    if not isinstance(pool, str):
-        pool = model.head.global_pool.pool_type
-    return pool
 
 
 def to_json(config: Dict[str, Any]) -> str:
@@ -144,6 +136,7 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
     if license_name:
         non_commercial = ': not for commercial use' if re.search(r'\bnc\b', license_name.lower()) else ''
         details.append(f'- **Licence of the weights:** {license_name}{non_commercial}')
+    details += [f'- **Note:** {note}' for note in cfg.get('notes') or ()]
 
     results = 'No accuracy of these weights is recorded here; see the paper.' if tag else 'Not measured.'
     if published and published.top1 is not None:
@@ -163,13 +156,17 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
         lines.append('transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))')
     usage = '\n'.join([*lines, run, 'probabilities, classes = model(x).softmax(-1).topk(5)'])
 
+    citation = CITATIONS.get(paper_id, (
+        f'@misc{{arxiv:{paper_id},\n  title={{{cfg["paper_name"]}}},\n  eprint={{{paper_id}}},\n'
+        '  archivePrefix={arXiv}\n}'))
+
     sections = dict(
         header='\n'.join(header),
         title=f'# Model card for {name}',
         details='## Model details\n\n' + '\n'.join(details),
         results='## Results\n\n' + results,
         usage=f'## Usage\n\n`pip install timm-ssm`, then\n\n```python\n{usage}\n```',
-        citation=f'## Citation\n\n```bibtex\n{CITATIONS[paper_id]}\n```',
+        citation=f'## Citation\n\n```bibtex\n{citation}\n```',
     )
     marked = {k: _mark(k, v) for k, v in sections.items()}
     return f'---\n{marked.pop("header")}\n---\n\n' + '\n\n'.join(marked.values()) + '\n'

@@ -144,7 +144,7 @@ class Fit(NamedTuple):
     missing: List[str]  # names of the model
     unexpected: List[str]  # names of the checkpoint, under the model's naming where that is known
     wrong_shape: List[str]
-    resampled: bool  # the model's filter changed a shape
+    resampled: bool  # the model's filter changed the number of values
 
     @property
     def complete(self) -> bool:
@@ -183,7 +183,7 @@ def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
         wrong_shape=[
             f'{k}: {list(v.shape)}, needs {list(wanted[k].shape)}'
             for k, v in mapped.items() if k in wanted and v.shape != wanted[k].shape],
-        resampled=sorted(v.shape for v in shapes.values()) != sorted(v.shape for v in mapped.values()),
+        resampled=sum(v.numel() for v in shapes.values()) != sum(v.numel() for v in mapped.values()),
     )
 
 
@@ -254,10 +254,9 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
         elif name and name == model:
             raise ValueError(f'model: there is no {name}, see `timm-ssm list --all`')
 
-    fits = [fit(n, arguments(n, state_dict), state_dict) for n in _representatives()]
-    least = min(f.problems() for f in fits)
-    # families that name their parameters so, by a small model of each
-    alike = [f.name for f in fits if _same_naming(f, state_dict) or f.problems() == least]
+    # first the families that name their parameters so, by a small model of each, then the models of these
+    found = {n: _shared_names(fit(n, arguments(n, state_dict), state_dict)) for n in _representatives()}
+    alike = [n for n, shared in found.items() if shared >= min(.5, max(found.values()))]
     modules = {model_entrypoint(n).__module__ for n in alike}
     candidates = [n for n in list_names() if model_entrypoint(n).__module__ in modules]
     fits = [
@@ -304,13 +303,13 @@ def _representatives() -> List[str]:
     return list(first.values())
 
 
-def _same_naming(f: Fit, state_dict: StateDict) -> bool:
-    """Whether most parameters are called as the model's are, whatever their number and shape."""
+def _shared_names(f: Fit) -> float:
+    """How much of a model's names the checkpoint has, whatever the number of layers and their shapes."""
     def patterns(names) -> set:
         return {re.sub(r'\d+', '#', n) for n in names}
 
-    wanted = patterns(meta_model(f.name, **f.kwargs).state_dict())
-    return len(patterns(f.missing) & wanted) <= len(wanted) // 2
+    wanted = meta_model(f.name, **f.kwargs).state_dict()
+    return len(patterns(set(wanted) - set(f.missing))) / len(patterns(wanted))
 
 
 def _misfits(f: Fit, rows: int = 4) -> str:

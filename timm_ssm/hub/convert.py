@@ -60,7 +60,7 @@ def convert(
         if label_names and len(label_names) != num_classes:
             raise ValueError(f'labels: got {len(label_names)} names, needs {num_classes}')
         step('building')
-        original = timm.create_model(fit.name, **fit.kwargs).eval()
+        original = timm.create_model(name, **fit.kwargs).eval()
         original.load_state_dict(map_names(checkpoint.state_dict, original))
         del checkpoint
         config = cards.model_config(name, original, fit.kwargs, label_names)

@@ -14,6 +14,8 @@ class Published(NamedTuple):
 
 _VIDEOMAMBA = 'Li et al., ECCV 2024'
 _VIM = 'Zhu et al., ICML 2024'
+_MAMBAVISION = 'Hatamizadeh and Kautz, CVPR 2025'
+_GROUPMAMBA = 'Shaker et al., CVPR 2025'
 _DISTILLED = 'trained with self-distillation'
 
 PUBLISHED: Dict[str, Published] = {
@@ -49,4 +51,19 @@ PUBLISHED: Dict[str, Published] = {
     'vim_base_patch16_224.in1k': Published(81.9, None, _VIM),
     'vim_tiny_patch16_stride8_224.in1k': Published(78.3, None, _VIM, 'fine-tuned with overlapping patches'),
     'vim_small_patch16_stride8_224.in1k': Published(81.6, None, _VIM, 'fine-tuned with overlapping patches'),
+
+    'mambavision_tiny.in1k': Published(82.3, 4.4, _MAMBAVISION),
+    'mambavision_tiny2.in1k': Published(82.7, 5.1, _MAMBAVISION),
+    'mambavision_small.in1k': Published(83.3, 7.5, _MAMBAVISION),
+    'mambavision_base.in1k': Published(84.2, 15.0, _MAMBAVISION),
+    'mambavision_large.in1k': Published(85.0, 34.9, _MAMBAVISION),
+    'mambavision_large2.in1k': Published(85.3, 37.5, _MAMBAVISION),
+    'mambavision_base.in21k_ft_in1k': Published(84.9, 15.0, _MAMBAVISION),
+    'mambavision_large.in21k_ft_in1k': Published(86.1, 34.9, _MAMBAVISION),
+    'mambavision_large3.in21k_ft_in1k_256': Published(87.3, None, _MAMBAVISION),
+    'mambavision_large3.in21k_ft_in1k_512': Published(88.1, None, _MAMBAVISION),
+
+    'groupmamba_tiny.in1k': Published(83.3, None, _GROUPMAMBA),
+    'groupmamba_small.in1k': Published(83.9, None, _GROUPMAMBA),
+    'groupmamba_base.in1k': Published(84.5, None, _GROUPMAMBA),
 }

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
 from ._builder import build_model_with_cfg
-from ._checkpoints import StateDict, check_fits, unwrap_state_dict
+from ._checkpoints import CheckpointMismatch, StateDict, check_fits, unwrap_state_dict
 from ._timm import update_model_input_size
 
 __all__ = ['VideoMamba']
@@ -447,7 +447,8 @@ def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) 
         of clips are other ones.
 
     Raises:
-        ValueError: inflation is unknown, or the checkpoint is of clips and the model is not.
+        ValueError: inflation is unknown.
+        CheckpointMismatch: The checkpoint is of clips and the model is not.
     """
     if inflation not in ('center', 'mean'):
         raise ValueError(f"inflation: got {inflation!r}, needs 'center' or 'mean'")
@@ -456,7 +457,8 @@ def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) 
     if kernel is None or kernel.ndim not in (4, 5):
         return False  # another model's checkpoint, which `check_fits` refuses
     if kernel.ndim == 5 and not embed.is_clip:
-        raise ValueError('checkpoint: it is of a clip model; build the model with num_frames above 1')
+        raise CheckpointMismatch(
+            'checkpoint: it is of a clip model; build the model with num_frames above 1', state_dict)
     kernel = resample_patch_kernel(kernel, embed.patch_size)
     from_image = kernel.ndim == 4 and embed.is_clip
     if from_image:
