@@ -1,5 +1,5 @@
 """What both ops need between their Python function and PyTorch's dispatcher."""
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, Optional
 
 import torch
 from timm.layers import is_exportable
