@@ -1,24 +1,71 @@
-"""What the papers say about the pretrained tags: data for model cards and `timm-ssm list`."""
+"""What the papers say about the models: data for model cards, `timm-ssm list` and docs/models.md."""
 from typing import Dict, NamedTuple, Optional
 
-__all__ = ['PUBLISHED', 'Published']
+__all__ = ['LEFT_OUT', 'PARAMS', 'PUBLISHED', 'Published']
 
 
 class Published(NamedTuple):
-    """Published numbers of one pretrained tag; None where its authors give none."""
+    """Published numbers of one pretrained tag, or of a model without weights; None where its authors give none."""
     top1: Optional[float]  # per cent
     gmacs: Optional[float]  # of one forward pass at the tag's input size, in the authors' count
     by: str  # who published them
     note: str = ''
 
 
+_STABLEMAMBA = 'Suleman et al., 2025'
+_VIDEOMAMBAPRO = 'Lu et al., CVPR 2025'
+_STVIDEOMAMBA = 'Park et al., ECCV 2024'
+_VIDEOMAMBA_ZOO = "Li et al., the released code's model zoo"
+_MASKED = 'after masked pretraining'
 _VIDEOMAMBA = 'Li et al., ECCV 2024'
 _VIM = 'Zhu et al., ICML 2024'
 _MAMBAVISION = 'Hatamizadeh and Kautz, CVPR 2025'
 _GROUPMAMBA = 'Shaker et al., CVPR 2025'
 _DISTILLED = 'trained with self-distillation'
 
+# Parameters in millions as published, by the names' beginnings.
+PARAMS = {
+    'videomamba_tiny': 7, 'videomamba_small': 26, 'videomamba_middle': 74, 'videomamba_base': 98,
+    'stablemamba_tiny': 7, 'stablemamba_small': 27, 'stablemamba_middle': 76, 'stablemamba_base': 101,
+    'stablemamba_large': 187,
+    'videomambapro_tiny': 7, 'videomambapro_small': 25, 'videomambapro_middle': 72,
+    'stvideomamba_small': 26.3,
+    'vim_tiny': 7, 'vim_small': 26, 'vim_base': 98,
+    'mambavision_tiny': 31.8, 'mambavision_tiny2': 35.1, 'mambavision_small': 50.1, 'mambavision_base': 97.7,
+    'mambavision_large': 227.9, 'mambavision_large2': 241.5, 'mambavision_large3': 739.6,
+    'groupmamba_tiny': 23, 'groupmamba_small': 34, 'groupmamba_base': 57, 'stable_groupmamba_small': 39.3,
+}
+
+# Operations that a family's published GMACs do not count, found by counting: its authors' counters do not see them.
+LEFT_OUT = {
+    'videomamba': ('scan', 'x_proj', 'dt_proj'),
+    'stablemamba': ('scan', 'x_proj', 'dt_proj'),
+    'stvideomamba': ('scan', 'x_proj', 'dt_proj'),
+    'mambavision': ('scan', 'attention'),
+}
+
 PUBLISHED: Dict[str, Published] = {
+    'stablemamba_tiny_patch16_224.untrained': Published(77.4, 1.2, _STABLEMAMBA),
+    'stablemamba_small_patch16_224.untrained': Published(81.5, 4.4, _STABLEMAMBA),
+    'stablemamba_middle_patch16_224.untrained': Published(83.1, 12.9, _STABLEMAMBA),
+    'stablemamba_base_patch16_224.untrained': Published(83.9, 17.1, _STABLEMAMBA),
+    'stablemamba_large_patch16_224.untrained': Published(84.6, 33.7, _STABLEMAMBA),
+    'stablemamba_tiny_patch16_f16_224.untrained': Published(78.6, None, _STABLEMAMBA, '65.7 on SSv2'),
+    'stablemamba_small_patch16_f16_224.untrained': Published(81.2, None, _STABLEMAMBA, '67.3 on SSv2'),
+    'stablemamba_middle_patch16_f16_224.untrained': Published(82.2, None, _STABLEMAMBA, '67.8 on SSv2'),
+    'stablemamba_base_patch16_f16_224.untrained': Published(82.8, None, _STABLEMAMBA),
+
+    'videomambapro_tiny_patch16_224.untrained': Published(78.9, None, _VIDEOMAMBAPRO),
+    'videomambapro_small_patch16_224.untrained': Published(82.4, None, _VIDEOMAMBAPRO),
+    'videomambapro_middle_patch16_224.untrained': Published(83.8, None, _VIDEOMAMBAPRO),
+    'videomambapro_tiny_patch16_f16_224.untrained': Published(81.6, None, _VIDEOMAMBAPRO, '67.9 on SSv2'),
+    'videomambapro_small_patch16_f16_224.untrained': Published(83.3, None, _VIDEOMAMBAPRO, '68.8 on SSv2'),
+    'videomambapro_middle_patch16_f16_224.untrained': Published(
+        84.0, None, _VIDEOMAMBAPRO, '69.4 on SSv2, 91.6 on UCF-101, 63.2 on HMDB51'),
+
+    'stvideomamba_small_patch16_f16_224.untrained': Published(
+        76.1, 34, _STVIDEOMAMBA, '63.7 on SSv2, 68.6 on HMDB51, 77.7 on K400 with 32 frames'),
+
     'videomamba_tiny_patch16_224.in1k': Published(76.9, 1.1, _VIDEOMAMBA),
     'videomamba_tiny_patch16_448.in1k': Published(79.3, None, _VIDEOMAMBA, 'fine-tuned from 224'),
     'videomamba_tiny_patch16_576.in1k': Published(79.6, None, _VIDEOMAMBA, 'fine-tuned from 448'),
@@ -45,6 +92,31 @@ PUBLISHED: Dict[str, Published] = {
     'videomamba_tiny_patch16_f8_224.ssv2': Published(65.1, None, _VIDEOMAMBA),
     'videomamba_small_patch16_f8_224.ssv2': Published(66.6, None, _VIDEOMAMBA),
     'videomamba_middle_patch16_f8_224.ssv2': Published(67.3, None, _VIDEOMAMBA),
+    'videomamba_tiny_patch16_f64_384.k400': Published(80.3, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_tiny_patch16_f16_224.ssv2': Published(66.0, None, _VIDEOMAMBA_ZOO),
+    'videomamba_tiny_patch16_f16_288.ssv2': Published(66.2, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_small_patch16_f64_384.k400': Published(82.7, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_small_patch16_f16_224.ssv2': Published(67.7, None, _VIDEOMAMBA_ZOO),
+    'videomamba_small_patch16_f16_288.ssv2': Published(68.1, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_middle_patch16_f64_384.k400': Published(83.3, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_middle_patch16_f16_224.ssv2': Published(68.3, None, _VIDEOMAMBA_ZOO),
+    'videomamba_middle_patch16_f16_288.ssv2': Published(68.4, None, _VIDEOMAMBA_ZOO, 'fine-tuned from 224'),
+    'videomamba_tiny_patch16_f32_224.breakfast': Published(94.3, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_tiny_patch16_f64_224.breakfast': Published(94.3, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_small_patch16_f32_224.breakfast': Published(95.3, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_small_patch16_f64_224.breakfast': Published(97.4, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_middle_patch16_f32_224.breakfast': Published(94.8, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_middle_patch16_f64_224.breakfast': Published(95.8, None, _VIDEOMAMBA_ZOO, 'after K400'),
+    'videomamba_middle_patch16_f8_224.k400_mask_ft': Published(82.0, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f16_224.k400_mask_ft': Published(83.4, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f32_224.k400_mask_ft': Published(83.9, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f64_224.k400_mask_ft': Published(84.3, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f64_384.k400_mask_ft': Published(85.0, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f8_224.ssv2_mask_ft': Published(70.2, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f16_224.ssv2_mask_ft': Published(71.0, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f16_288.ssv2_mask_ft': Published(71.4, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f32_224.breakfast_mask_ft': Published(97.9, None, _VIDEOMAMBA_ZOO, _MASKED),
+    'videomamba_middle_patch16_f64_224.breakfast_mask_ft': Published(96.9, None, _VIDEOMAMBA_ZOO, _MASKED),
 
     'vim_tiny_patch16_224.in1k': Published(76.1, None, _VIM),
     'vim_small_patch16_224.in1k': Published(80.5, None, _VIM),
