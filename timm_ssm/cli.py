@@ -31,12 +31,9 @@ def _number(x: Optional[float]) -> str:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .hub.convert import convert
+    from .hub.convert import convert, read_lines
 
-    labels = None
-    if args.labels:
-        with open(args.labels, encoding='utf-8') as f:
-            labels = [line.strip() for line in f if line.strip()]
+    labels = read_lines(args.labels) if args.labels else None
     done = convert(args.source, args.folder, model=args.model, label_names=labels)
     print(f'{done.name} ({done.sure}), {done.parameters:,} parameters')
     print(f'reloaded from {done.folder}: all parameters there, logits equal to {done.difference:.1g} of the largest')

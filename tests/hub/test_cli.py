@@ -74,6 +74,11 @@ class TestClassify:
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 and all(line.split()[1] == 'class' for line in lines[1:])
 
+    def test_grey_images(self, tmp_path, images, capsys):
+        save_model(tmp_path / 'model', num_classes=7, in_chans=1)
+        assert main(['classify', str(images / 'a.png'), '--model', str(tmp_path / 'model')]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 6
+
     def test_url(self, hub, tmp_path, images, capsys):
         save_model(tmp_path / 'model', num_classes=7)
         hub.add('me/images', {'a.png': (images / 'a.png').read_bytes()})
@@ -149,6 +154,11 @@ class TestCommandLine:
         with pytest.raises(SystemExit) as e:
             main(argv.split())
         assert e.value.code == 2 and 'usage: timm-ssm' in capsys.readouterr().err
+
+    def test_env(self, capsys):
+        assert main(['env']) == 0
+        out = capsys.readouterr().out
+        assert torch.__version__ in out and timm.__version__ in out and 'naive' in out
 
     def test_help(self, capsys):
         with pytest.raises(SystemExit) as e:

@@ -58,15 +58,25 @@ class TestConvert:
         assert logits[0].shape == (1, 7) and torch.equal(*logits)
 
     def test_training_checkpoint(self, tmp_path):
-        """What timm's train.py writes: an architecture's name, arguments, and averaged weights, which are taken."""
-        model = timm.create_model(NAME, num_classes=7, img_size=32)
+        """What train.py writes: an architecture's name, arguments, and averaged weights, which are taken."""
+        model = timm.create_model(
+            NAME, depth=2, num_classes=3, img_size=48, patch_size=8, in_chans=1, global_pool='avg')
         averaged = {k: torch.full_like(v, .01) for k, v in model.state_dict().items()}
+        args = dict(model_kwargs=dict(depth=2, patch_size=8, drop_path_rate=.1), gp='avg', mean=[.5], std=[.25],
+                    crop_pct=.9, img_size=48, input_size=None, num_classes=3)
+        (tmp_path / 'classes.txt').write_text('one\ntwo\nthree')
         (tmp_path / 'model_best.pth.tar').write_bytes(to_bytes(dict(
-            arch=NAME, epoch=3, args=argparse.Namespace(lr=.1), state_dict=model.state_dict(),
+            arch=NAME, epoch=3, args=argparse.Namespace(**args), state_dict=model.state_dict(),
             state_dict_ema=averaged, optimizer={'state': {}})))
         done = convert(str(tmp_path / 'model_best.pth.tar'), tmp_path / 'out')
         assert done.name == NAME and done.sure == 'certain, the checkpoint names it'
         assert (load_file(tmp_path / 'out' / 'model.safetensors')['pos_embed'] == .01).all()
+        loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
+        assert loaded.global_pool == 'avg' and len(loaded.blocks) == 2 and loaded.in_chans == 1
+        data = timm.data.resolve_data_config(model=loaded)
+        assert data['input_size'] == (1, 48, 48)
+        assert (data['mean'], data['std'], data['crop_pct']) == ([.5], [.25], .9)
+        assert loaded.pretrained_cfg['label_names'] == ['one', 'two', 'three']
 
     def test_safetensors_and_prefix(self, tmp_path):
         path = tmp_path / 'videomamba.safetensors'

@@ -79,9 +79,18 @@ def _known_name(repo_id: str, file: str) -> Optional[str]:
 
 
 class Checkpoint(NamedTuple):
-    """Parameters by name, and the architecture if the file names one (as timm's training scripts write it)."""
+    """Parameters by name; from a training script also the architecture and the script's arguments."""
     state_dict: StateDict
     arch: Optional[str] = None
+    args: Optional[Dict[str, Any]] = None
+
+    def model_kwargs(self) -> Dict[str, Any]:
+        """What the training script told the model, beside what names and shapes tell."""
+        args = self.args or {}
+        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in (args.get('model_kwargs') or {}).items()}
+        if args.get('gp'):
+            kwargs.setdefault('global_pool', args['gp'])
+        return {k: v for k, v in kwargs.items() if k != 'num_classes' and not k.endswith('_rate')}
 
 
 def read(path: Path) -> Checkpoint:
@@ -126,8 +135,10 @@ def read(path: Path) -> Checkpoint:
     for k, v in state_dict.items():
         if v.is_floating_point() and not torch.isfinite(v).all():
             raise ValueError(f'{path}: {k} is not finite')
-    arch = content.get('arch')
-    return Checkpoint(state_dict, arch if isinstance(arch, str) else None)
+    arch, args = content.get('arch'), content.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return Checkpoint(
+        state_dict, arch if isinstance(arch, str) else None, args if isinstance(args, dict) else None)
 
 
 def _unsafe_globals(path: Path) -> List[str]:
@@ -246,12 +257,13 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
     state_dict = checkpoint.state_dict
     for name, why in told:
         if name and is_model(name):
-            found = _fit_with_arguments(name, state_dict)
+            name = name.partition('.')[0]
+            found = _fit_with_arguments(name, state_dict, checkpoint.model_kwargs())
             if found.complete:
                 return found, why
-            if name == model:
+            if why == 'as told':
                 raise ValueError(f'{source.origin} is not of {name}:\n{_misfits(found)}')
-        elif name and name == model:
+        elif name and why == 'as told':
             raise ValueError(f'model: there is no {name}, see `timm-ssm list --all`')
 
     # first the families that name their parameters so, by a small model of each, then the models of these
@@ -287,8 +299,8 @@ def _rank(f: Fit) -> Tuple[bool, int, int]:
     return f.resampled, len(f.kwargs), abs(f.kwargs.get('img_size', size) - size)
 
 
-def _fit_with_arguments(name: str, state_dict: StateDict) -> Fit:
-    kwargs = arguments(name, state_dict)
+def _fit_with_arguments(name: str, state_dict: StateDict, model_kwargs: Optional[Dict[str, Any]] = None) -> Fit:
+    kwargs = {**arguments(name, state_dict), **(model_kwargs or {})}
     plain = fit(name, kwargs, state_dict)
     size = image_size(name, kwargs, state_dict) if plain.resampled or not plain.complete else {}
     sized = fit(name, {**kwargs, **size}, state_dict) if size else plain

@@ -54,8 +54,8 @@ def find_images(sources: List[str]) -> List[str]:
     return found
 
 
-def open_image(source: str) -> Image.Image:
-    """An image file or URL, in RGB.
+def open_image(source: str, mode: str = 'RGB') -> Image.Image:
+    """An image file or URL in one of Pillow's modes.
 
     Raises:
         ValueError: It cannot be opened.
@@ -64,9 +64,9 @@ def open_image(source: str) -> Image.Image:
         if source.startswith(('http://', 'https://')):
             request = urllib.request.Request(source, headers={'User-Agent': 'timm-ssm'})
             with urllib.request.urlopen(request, timeout=30) as reply:
-                return Image.open(io.BytesIO(reply.read())).convert('RGB')
+                return Image.open(io.BytesIO(reply.read())).convert(mode)
         with Image.open(source) as image:
-            return image.convert('RGB')
+            return image.convert(mode)
     except Exception as e:  # Pillow's readers raise anything on damaged files
         raise ValueError(f'image: cannot open {source} ({type(e).__name__}: {e})') from e
 
@@ -91,12 +91,12 @@ def classify(
         cannot be opened.
     """
     transform = create_transform(**resolve_data_config(model=model))
-    names = class_names(model)
+    names, mode = class_names(model), 'L' if model.in_chans == 1 else 'RGB'
     device = next(model.parameters()).device
     with tqdm(total=len(sources), unit='image', disable=None, leave=False) as bar:
         for start in range(0, len(sources), batch_size):
             batch = sources[start:start + batch_size]
-            images = [_try_open(source, transform) for source in batch]
+            images = [_try_open(source, mode, transform) for source in batch]
             good = [x for x in images if isinstance(x, torch.Tensor)]
             if good:
                 top = model(torch.stack(good).to(device)).float().softmax(-1).topk(min(topk, len(names)))
@@ -110,8 +110,8 @@ def classify(
             bar.update(len(batch))
 
 
-def _try_open(source: str, transform) -> Any:
+def _try_open(source: str, mode: str, transform) -> Any:
     try:
-        return transform(open_image(source))
+        return transform(open_image(source, mode))
     except ValueError as e:
         return e

@@ -36,7 +36,8 @@ def convert(
         source: As `checkpoints.find`.
         folder: Folder to write, which must not exist or be empty; it appears only when everything is proven.
         model: Architecture of the checkpoint; recognised by names and shapes if None.
-        label_names: Names of the classes, in order, for models of other data than ImageNet.
+        label_names: Names of the classes, in order, for models of other data than ImageNet; those that the training
+            script left in classes.txt beside its checkpoint if None.
 
     Raises:
         ValueError: The checkpoint is damaged or of none of this package's models, or the folder is taken.
@@ -57,13 +58,19 @@ def convert(
         fit, sure = detect(checkpoint, found, model)
         num_classes = fit.kwargs.get('num_classes', timm.get_pretrained_cfg_value(fit.name, 'num_classes'))
         name = found.name if _is_tag(found.name, fit, num_classes) else fit.name
+        classes = found.path.parent / 'classes.txt'
+        if checkpoint.args and label_names is None and classes.exists():
+            label_names = read_lines(classes)
         if label_names and len(label_names) != num_classes:
             raise ValueError(f'labels: got {len(label_names)} names, needs {num_classes}')
         step('building')
         original = timm.create_model(name, **fit.kwargs).eval()
         original.load_state_dict(map_names(checkpoint.state_dict, original))
-        del checkpoint
         config = cards.model_config(name, original, fit.kwargs, label_names)
+        if checkpoint.args:  # the images were prepared as its training script was told
+            config['pretrained_cfg'].update(timm.data.resolve_data_config(
+                {**checkpoint.args, 'input_size': config['pretrained_cfg']['input_size']}, model=original))
+        del checkpoint
         step('running')
         x = fixed_input(original, config['pretrained_cfg']['input_size'])
         expected = _run(original, x)
@@ -96,6 +103,11 @@ def _is_tag(name: Optional[str], fit: Fit, num_classes: int) -> bool:
     return (
         name is not None and name.partition('.')[0] == fit.name and set(fit.kwargs) <= {'num_classes'}
         and num_classes == timm.get_pretrained_cfg_value(name, 'num_classes'))
+
+
+def read_lines(path: Path) -> List[str]:
+    """The lines of a text file, but for empty ones."""
+    return [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
 
 
 def fixed_input(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
