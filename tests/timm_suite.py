@@ -15,10 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PATTERNS = [
-    'videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*', 'mambavision_tiny', 'groupmamba_tiny',
-    'stable_groupmamba_small']
+    'videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*', 'stablemamba_tiny_*', 'stablemamba_small_*',
+    'videomambapro_tiny_*', 'videomambapro_small_*', 'mambavision_tiny', 'groupmamba_tiny', 'stable_groupmamba_small']
 # modules of isotropic families: their models are held to test_model_default_cfgs_non_std instead of the standard one
-ISOTROPIC = ['videomamba', 'vim']
+ISOTROPIC = ['videomamba', 'stablemamba', 'videomambapro', 'vim']
 # timm's tests feed images; models that take clips have tests of their own
 CLIPS = re.compile(r'_f\d+_')
 # these need weights from the Hub; tests/test_pretrained.py does that against a server on this machine
