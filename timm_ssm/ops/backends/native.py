@@ -163,7 +163,8 @@ def scan_backward(
     dz = None if call.z is None else new(grad_out.shape)
     if grad_out.numel():
         _run_scan(
-            _lib.timm_ssm_scan_backward, call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz, grads)
+            _lib.timm_ssm_scan_backward, call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz,
+            grads)
 
     results = []
     for i, (du, ddelta, dB, dC, dparameters) in enumerate(grads):
