@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.pop('TRITON_INTERPRET', None)
-os.environ.setdefault('TRITON_DEFAULT_FP_FUSION', '1')
 
 import torch
 import triton
@@ -150,7 +149,7 @@ def main() -> None:
     target = GPUTarget('cuda', int(arch), 32) if kind == 'cuda' else GPUTarget('hip', arch, 64)
     JITFunction.run = record
     common.processors = lambda device: 132
-    reduce = 'sum' if kind == 'hip' else 'tf32x3' if args.dtype == 'float32' else 'tf32'
+    reduce = 'sum' if kind == 'hip' or args.dtype == 'float64' else 'tf32x3' if args.dtype == 'float32' else 'tf32'
     backward.tuning = lambda x, n_pow2: dict(AT_ONCE=1, REDUCE=reduce)
 
     print(f'Triton {triton.__version__}, {args.target}, {args.dtype}: inspected, not measured')

@@ -9,6 +9,7 @@ import triton.language as tl
 from ...calls import STATE_STRIDE, ScanCall
 from .common import (
     LOG2E,
+    OPTIONS,
     alignment,
     block_channels,
     channel_sums,
@@ -342,8 +343,9 @@ def _scan_backward(
         u_b, u_l, delta_b, delta_l, B_b, B_l, B_g, z_b, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
-        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_Z: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
+        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
+        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, STRIDE: tl.constexpr,
+        TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time: one
     for want of registers, all in the interpreter for want of patience.
@@ -436,7 +438,7 @@ def scan_backward(
 
             _transpose_kernel[(n_directions * batch * groups * chunks,)](
                 *B, *C, bc, batch, length, groups, padded, *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
-                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1)
+                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1, **OPTIONS)
             carries = params.new_zeros(n_directions, batch, p.splits, d_state, channels)
             if p.splits > 1:
                 sums = params.new_empty(n_directions, batch, p.splits, channels)
@@ -460,7 +462,7 @@ def scan_backward(
                 STRIDE=STATE_STRIDE, TILE=TILE, **tuning(grad_out, shared['N_POW2']), **order, **forms, **shared)
             _untranspose_kernel[(n_directions * batch * groups * chunks,)](
                 dbc, dB, dC, batch, length, groups, p.blocks // groups, padded,
-                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1)
+                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1, **OPTIONS)
         dparams = dparams.sum(1)
 
     gradients = []

@@ -91,6 +91,10 @@ def channel_sums(x, y, REDUCE: tl.constexpr):
     return tl.max(tl.dot(both, ones, input_precision=REDUCE), 1)  # 16 equal columns
 
 
+#: Compiler options: nothing here gains by software pipelining, and much by fused multiply-adds.
+OPTIONS = dict(num_stages=1, enable_fp_fusion=True)
+
+
 class Plan(NamedTuple):
     """How the work of a scan is cut: into blocks of channels and, where these are few, into stretches of tokens."""
     groups: int
@@ -186,5 +190,5 @@ def flags(call: ScanCall, p: Plan) -> dict:
         BLOCK=p.block,
         VECTOR=p.block // 32,
         num_warps=1,
-        num_stages=1,
+        **OPTIONS,
     )

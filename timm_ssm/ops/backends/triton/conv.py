@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...calls import ConvCall, acc_dtype
-from .common import device_guard, rows, sigmoid, strides
+from .common import OPTIONS, device_guard, rows, sigmoid, strides
 
 TOKENS = 16  # tokens of a tile
 BLOCK = 128  # channels of a tile
@@ -143,7 +143,7 @@ def _prepare(call: ConvCall) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
         TOKENS=TOKENS,
         BLOCK=BLOCK,
         num_warps=4,
-        num_stages=1,
+        **OPTIONS,
     )
 
 

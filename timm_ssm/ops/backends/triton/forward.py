@@ -31,9 +31,9 @@ def _scan_direction(
         length, channels, splits, span, chunks,
         u_l, delta_l, B_l, C_l, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr,
-        REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_Z: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, SUMMARY: tl.constexpr,
-        FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
+        REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
+        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
+        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
 ):
     """One direction over one stretch of tokens; pointers stand at the batch item (and group, and direction).
 
@@ -116,8 +116,9 @@ def _scan_forward(
         u_b, u_l, delta_b, delta_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
-        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        HAS_Z: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, SUMMARY: tl.constexpr, STRIDE: tl.constexpr,
+        MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
+        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
+        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, STRIDE: tl.constexpr,
 ):
     """A block of channels of one batch item over one stretch of tokens, one direction after the other.
 
