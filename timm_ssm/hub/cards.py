@@ -75,6 +75,9 @@ def model_config(
     size = model_args.get('img_size', cfg['input_size'][1:])
     size = (size, size) if isinstance(size, int) else size
     cfg.update(num_classes=num_classes, input_size=[model_args.get('in_chans', cfg['input_size'][0]), *size])
+    for key in ('mean', 'std'):
+        if len(cfg[key]) != cfg['input_size'][0]:
+            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * cfg['input_size'][0]
     config = dict(
         architecture=name.partition('.')[0],
         num_classes=num_classes,
