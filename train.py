@@ -49,6 +49,7 @@ from validate import evaluate, resolve_data, resolve_input, show_progress
 
 _logger = logging.getLogger('train')
 
+
 def seed_all(*key: int) -> None:
     """Seed every random generator from a tuple of integers."""
     utils.random_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -86,6 +87,7 @@ def load_training_state(path: str) -> Dict[str, Any]:
 
 def restore(
         state: Dict[str, Any],
+        path: str,
         args: argparse.Namespace,
         task: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -97,7 +99,7 @@ def restore(
         if not args.no_resume_opt:
             optimizer.load_state_dict(state['optimizer'])
     except (RuntimeError, ValueError) as e:
-        sys.exit(f'--resume {args.resume}: the checkpoint does not fit this model and optimiser: {e}')
+        sys.exit(f'--resume {path}: the checkpoint does not fit this model and optimiser: {e}')
     if loss_scaler is not None and loss_scaler.state_dict_key in state and not args.no_resume_opt:
         loss_scaler.load_state_dict(state[loss_scaler.state_dict_key])
 
@@ -114,7 +116,7 @@ def restore(
     moved = [changed[key] for key in fixed if key in changed]
     if moved:
         sys.exit(
-            f'--resume {args.resume}: in the middle of an epoch these must stay as they were: {", ".join(moved)}; '
+            f'--resume {path}: in the middle of an epoch these must stay as they were: {", ".join(moved)}; '
             f'last.pth.tar, between epochs, can go on with others')
     return state['epoch'], dict(batch=state['batch'], loss_sum=state['loss_sum'])
 
@@ -295,7 +297,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     logging.basicConfig(format='%(message)s')
     logging.root.setLevel(logging.INFO if primary else logging.WARNING)
     if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True
     _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
 
@@ -443,7 +445,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     # go on from a checkpoint
     start_epoch, progress = 0, dict(batch=0, loss_sum=0.)
     if state is not None:
-        start_epoch, progress = restore(state, args, task, optimizer, loss_scaler)
+        start_epoch, progress = restore(state, resume, args, task, optimizer, loss_scaler)
         if in_place:
             checkpoints.history = [tuple(entry) for entry in state.get('history', [])]
     if args.start_epoch is not None:
@@ -494,7 +496,12 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
             epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=optimizer.state_dict(), **scaler,
             **task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True))
 
+    def check_weights(when: str) -> None:
+        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+            stop_not_finite(f'weights are not finite after {when}', args, checkpoints)
+
     def save_recovery(epoch: int, progress: Dict[str, Any]) -> None:
+        check_weights(f'epoch {epoch}, batch {progress["batch"] - 1}')
         if primary:
             checkpoints.save_recovery(dict(current_state(epoch), **progress))
 
@@ -518,8 +525,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
             epoch, progress, args, task, loader_train, mixup_fn if args.no_prefetcher else None, optimizer,
             lr_scheduler, autocast, loss_scaler, partial(save_recovery, epoch), checkpoints)
         progress = dict(batch=0, loss_sum=0.)
-        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-            stop_not_finite(f'weights are not finite after epoch {epoch}', args, checkpoints)
+        check_weights(f'epoch {epoch}')
         share_batch_norms(model)
 
         completed = epoch + 1

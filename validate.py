@@ -204,7 +204,8 @@ def evaluate(
         `loss`, and `top1` and `top5` in percent; with fewer than 5 classes top5 is 100.
     """
     model.eval()
-    seen, totals = 0, torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits
+    dtype = torch.float32 if device.type == 'mps' else torch.float64
+    seen, totals = 0, torch.zeros(3, dtype=dtype, device=device)  # loss, top-1 hits, top-5 hits
     with torch.inference_mode():
         for input, target in loader:
             input, target = input.to(device), target.to(device)

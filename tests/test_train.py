@@ -503,22 +503,30 @@ class TestNotFinite:
         assert str(folder / 'last.pth.tar') in message
         assert (folder / 'last.pth.tar').read_bytes() == before
 
-    def test_weights(self, digits, tmp_path, monkeypatch):
-        """The loss of the last batch is still finite, the update after it is not."""
-        forward = ClassificationTask.forward
+    @pytest.mark.parametrize('flags, when, kept', [
+        ([], 'epoch 0', 'There is no checkpoint yet'),
+        (['--recovery-interval', '9'], 'epoch 0, batch 8', 'There is no checkpoint yet'),
+        (['--recovery-interval', '4'], 'epoch 0', r'.*recovery-0-8.pth.tar'),
+    ], ids=['epoch', 'recovery', 'after-recovery'])
+    def test_weights(self, digits, tmp_path, monkeypatch, flags, when, kept):
+        """The loss of the last batch before a checkpoint is still finite, the update after it is not."""
+        forward, steps = ClassificationTask.forward, []
+        last = 9 if when == 'epoch 0' else 8
 
         def exploding(self, input, target):
             output = forward(self, input, target)
-            if 9 in steps:
+            if len(steps) == last:
                 output['loss'].register_hook(lambda grad: grad * float('inf'))
-            steps.append(len(steps))
+            steps.append(output['loss'].item())
             return output
 
-        steps = [0]
         monkeypatch.setattr(ClassificationTask, 'forward', exploding)
-        with pytest.raises(SystemExit, match='weights are not finite after epoch 0. There is no checkpoint yet'):
-            run(digits, tmp_path, '--epochs', 1)
-        assert len(steps) == 11 and not list((tmp_path / 'run').glob('*.pth.tar'))
+        message = f'weights are not finite after {when}. (The last good checkpoint is )?{kept}'
+        with pytest.raises(SystemExit, match=message):
+            run(digits, tmp_path, '--epochs', 1, *flags)
+        assert len(steps) == last + 1
+        for path in (tmp_path / 'run').glob('*.pth.tar'):
+            assert all(t.isfinite().all() for t in tensors(load(path)['state_dict']))
 
     def test_exit_status(self, digits, tmp_path):
         command = [sys.executable, str(ROOT / 'train.py'), str(digits), *MODEL, *PLAIN, '--output', str(tmp_path)]
