@@ -1,0 +1,108 @@
+"""What the benchmark scripts share: timing alternatives in turns, and reporting a table, a CSV file and a plot.
+
+Speed is a ratio of things timed in turns in one run, since absolute times depend on the machine and its load.
+"""
+import csv
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional
+
+import timm
+import torch
+
+import timm_ssm
+
+RESULTS = Path(__file__).parent / 'results'
+
+
+class Row(NamedTuple):
+    """One measurement; `goal` is a lower bound, or an upper one where `less` says that less is better."""
+    name: str
+    value: float
+    goal: Optional[float] = None
+    stretch: Optional[float] = None
+    less: bool = False
+    detail: str = ''
+
+    def met(self) -> str:
+        for name, bound in (('stretch', self.stretch), ('goal', self.goal)):
+            if bound is not None and (self.value <= bound if self.less else self.value >= bound):
+                return name
+        return '' if self.goal is None else 'missed'
+
+
+def time_in_turns(functions: Dict[str, Callable[[], object]], seconds: float = 5., least: int = 5) -> Dict[str, float]:
+    """Median seconds of a call of each function, called one after the other until `seconds` have passed.
+
+    A function that takes less than a millisecond is called as often as takes one, and the mean counts as one sample.
+    """
+    calls = {}
+    for name, function in functions.items():
+        for _ in range(2):  # to warm up
+            start = time.perf_counter()
+            function()
+            taken = time.perf_counter() - start
+        calls[name] = max(1, int(1e-3 / taken))
+    samples: Dict[str, List[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[name]) < least:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            samples[name].append((time.perf_counter() - start) / calls[name])
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def environment() -> Dict[str, str]:
+    """The machine and the versions that a measurement depends on."""
+    cpu = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), cpu)
+    return {
+        'cpu': cpu,
+        'threads': str(torch.get_num_threads()),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else 'none',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'timm_ssm': timm_ssm.__version__,
+        'date': time.strftime('%Y-%m-%d'),
+    }
+
+
+def report(name: str, rows: List[Row], **extra: str) -> None:
+    """Print the rows as a table and write results/<name>.csv and, if matplotlib is there, results/<name>.png."""
+    env = dict(environment(), **extra)
+    print('  '.join(f'{k}={v}' for k, v in env.items()))
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        sign = '<=' if row.less else '>='
+        goal = '' if row.goal is None else f'{sign} {row.goal:g}'
+        stretch = '' if row.stretch is None else f'({sign} {row.stretch:g})'
+        print(f'{row.name:{width}}  {row.value:10.4g}  {goal:>9} {stretch:>10}  {row.met():8} {row.detail}')
+
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f'{name}.csv', 'w', newline='') as f:
+        f.writelines(f'# {k}: {v}\n' for k, v in env.items())
+        writer = csv.writer(f)
+        writer.writerow((*Row._fields, 'met'))
+        writer.writerows((*row, row.met()) for row in rows)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    judged = [row for row in rows if row.goal is not None][::-1]
+    # how far beyond the goal, whichever way is better
+    scores = [row.goal / row.value if row.less else row.value / row.goal for row in judged]
+    fig, ax = plt.subplots(figsize=(9, .35 * len(judged) + 1.2), layout='constrained')
+    ax.barh([row.name for row in judged], scores, color=['tab:red' if s < 1 else 'tab:blue' for s in scores])
+    ax.bar_label(ax.containers[0], [f'{row.value:.3g}' for row in judged], padding=3, fontsize=8)
+    ax.axvline(1, color='black', linewidth=.8)
+    ax.set_xlabel('measured / goal (inverted where less is better)')
+    ax.set_title(f'{name}: {env["cpu"]}, {env["threads"]} threads, torch {env["torch"]}', fontsize=9)
+    ax.tick_params(labelsize=8)
+    fig.savefig(RESULTS / f'{name}.png', dpi=150)
