@@ -432,4 +432,4 @@ def test_tags():
         cfg = timm.get_pretrained_cfg(f'groupmamba_{size}')
         assert cfg.hf_hub_id == f'Abdelrahman-shaker/GroupMamba-{size.title()}'
         assert cfg.classifier == ('head', 'head_dist') and not cfg.fixed_input_size
-    assert not timm.get_pretrained_cfg('stable_groupmamba_small').has_weights
+    assert not timm.get_pretrained_cfg('stable_groupmamba_small.untrained').has_weights

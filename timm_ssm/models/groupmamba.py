@@ -513,7 +513,7 @@ default_cfgs = generate_default_cfgs({
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Small', hf_hub_filename='groupmamba_small_ema.pth'),
     'groupmamba_base.in1k': _cfg(
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Base', hf_hub_filename='groupmamba_base_ema.pth'),
-    'stable_groupmamba_small': _cfg(
+    'stable_groupmamba_small.untrained': _cfg(
         license=None, notes=None, origin_url=None, paper_ids='arXiv:2409.11867',
         paper_name='StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos'),
 })

@@ -138,4 +138,5 @@ PUBLISHED: Dict[str, Published] = {
     'groupmamba_tiny.in1k': Published(83.3, None, _GROUPMAMBA),
     'groupmamba_small.in1k': Published(83.9, None, _GROUPMAMBA),
     'groupmamba_base.in1k': Published(84.5, None, _GROUPMAMBA),
+    'stable_groupmamba_small.untrained': Published(83.8, 8.3, _STABLEMAMBA, '84.2 with distillation'),
 }
