@@ -60,21 +60,23 @@ def selective_scan_naive(
     if delta_softplus:
         dt = F.softplus(dt, threshold=20.)
 
+    # unbind, since the gradient of an index is as large as what it indexes
+    us, dts, Bs, Cs = u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)
     h = torch.zeros(batch, channels, A.shape[1], dtype=acc, device=u.device)
     ys: List[torch.Tensor] = []
     for i in range(length):
         t = length - 1 - i if reverse else i
         if i == 0 and residual:
-            h = u[:, t, :, None].expand_as(h)
-        own = (dt[:, t] * u[:, t]).unsqueeze(-1) * B[:, t]
-        h = torch.exp(dt[:, t, :, None] * A) * h + own
+            h = us[t].unsqueeze(-1).expand_as(h)
+        own = (dts[t] * us[t]).unsqueeze(-1) * Bs[t]
+        h = torch.exp(dts[t].unsqueeze(-1) * A) * h + own
         if not mask_diagonal:
             seen = h
         elif i > 0:
             seen = h - own
         else:
             seen = torch.zeros_like(h)
-        ys.append((C[:, t] * seen).sum(-1))
+        ys.append((Cs[t] * seen).sum(-1))
     y = torch.stack(ys, dim=1) if length > 0 else torch.zeros_like(u)
     if reverse:
         y = y.flip(1)
