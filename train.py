@@ -296,6 +296,7 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
     primary = utils.is_primary(args)
     logging.basicConfig(format='%(message)s')
     logging.root.setLevel(logging.INFO if primary else logging.WARNING)
+    logging.getLogger('httpx').setLevel(logging.WARNING)  # the Hub's client
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True
@@ -470,8 +471,8 @@ def main(argv: Optional[List[str]] = None) -> nn.Module:
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     eval_model = task.get_eval_model()
     if args.distributed:
-        task.prepare_distributed(
-            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not args.no_ddp_bb)
+        buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
     summary = Summary(os.path.join(checkpoints.folder, 'summary.csv'), start_epoch)
     if primary:

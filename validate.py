@@ -391,6 +391,7 @@ def write_results(path: str, results: List[Dict[str, Any]], format: str) -> None
 def main(argv: Optional[List[str]] = None) -> List[Dict[str, Any]]:
     """Run the script; returns a row of results for each model, best first."""
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.getLogger('httpx').setLevel(logging.WARNING)  # the Hub's client
     parser = make_parser()
     args = parser.parse_args(argv)
     refuse_left_out(parser, args, LEFT_OUT)
