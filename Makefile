@@ -7,12 +7,13 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test timm-suite lint
+.PHONY: help demo test timm-suite lint gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
 	@echo 'make lint   check the style'
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
+	@echo 'make gpu    on a machine with a GPU: test the ops there, then time them (benchmarks/results)'
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
 
 $(VENV)/installed: pyproject.toml setup.cfg setup.py $(wildcard csrc/*)
@@ -41,3 +42,9 @@ timm-suite: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+
+gpu: $(VENV)/installed
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a GPU that PyTorch can use"'
+	$(BIN)/python -m timm_ssm.env
+	$(BIN)/python -m pytest tests/ops -k 'triton or mamba_ssm'
+	$(BIN)/python benchmarks/scan_gpu.py

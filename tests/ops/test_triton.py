@@ -16,7 +16,7 @@ pytest.importorskip('triton')
 if backend_module('triton').unavailable():
     pytest.skip(backend_module('triton').unavailable(), allow_module_level=True)
 
-from timm_ssm.ops.backends.triton import backward, common
+from timm_ssm.ops.backends.triton import backward, common, forward
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -33,9 +33,13 @@ def check(fn, reference, inputs, tolerance, **form):
 
 @pytest.mark.parametrize('form', [dict(), dict(residual=True, mask_diagonal=True)], ids=str)
 def test_split(monkeypatch, form):
-    """A long sequence at small batch, cut into stretches that meet: as if the GPU had processors to spare."""
-    monkeypatch.setattr(common, 'processors', lambda device: 1 << 20)
-    first, second = (scan_inputs(batch=1, length=4 * 32 * 2 + 9, channels=3, d_state=2, device=DEVICE, seed=seed)
+    """A sequence in stretches of tokens that meet, as long ones at small batch are cut."""
+    def cut(call, directions=1):
+        return common.plan(call, directions)._replace(splits=3, span=32)
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, 'plan', cut)
+    first, second = (scan_inputs(batch=1, length=2 * 32 + 5, channels=3, d_state=2, device=DEVICE, seed=seed)
                      for seed in (0, 1))
     check(bidirectional_selective_scan, both_directions, pairs(first, second), 2e-5, **form)
 
