@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import exportable
 from .backends import choose
 from .calls import ConvCall, acc_dtype
-from .glue import autocast_dtype, below_autograd, exporting, needs_grad, refuse_second_derivative, run
+from .glue import autocast_dtype, below_autograd, exporting, needs_grad, parameter, refuse_second_derivative, run
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -102,8 +102,8 @@ def _causal_conv1d(
         if not _fits(x, w, b, activation):
             raise ValueError(_misfit(x, w, b, activation))
     acc = acc_dtype(x.dtype)
-    weight = [w.to(acc).contiguous() for w in weight]
-    bias = [] if bias is None else [b.to(acc).contiguous() for b in bias]
+    weight = [parameter(w, acc) for w in weight]
+    bias = [] if bias is None else [parameter(b, acc) for b in bias]
     flags = (activation == 'silu', reverse, centered)
 
     if exporting():

@@ -39,6 +39,11 @@ def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
     return torch.get_autocast_dtype(device_type)
 
 
+def parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` as kernels take parameters: contiguous and in `dtype`."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
 def refuse_second_derivative(name: str) -> None:
     """Raise in the backward pass of op `name` if its result is to be differentiated again.
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import choose
 from .calls import ScanCall, acc_dtype
 from .exportable import parallel_scan
-from .glue import autocast_dtype, below_autograd, exporting, needs_grad, refuse_second_derivative, run
+from .glue import autocast_dtype, below_autograd, exporting, needs_grad, parameter, refuse_second_derivative, run
 from .naive import selective_scan_naive
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
@@ -149,9 +149,9 @@ def _selective_scan(
         if not _fits(*args):
             raise ValueError(_misfit(*args))
     acc = acc_dtype(u[0].dtype)
-    A = [_parameter(x, acc) for x in A]
-    D = [] if D is None else [_parameter(x, acc) for x in D]
-    delta_bias = [] if delta_bias is None else [_parameter(x, acc) for x in delta_bias]
+    A = [parameter(x, acc) for x in A]
+    D = [] if D is None else [parameter(x, acc) for x in D]
+    delta_bias = [] if delta_bias is None else [parameter(x, acc) for x in delta_bias]
     flags = (delta_softplus, reverse, residual, mask_diagonal)
 
     if exporting():
@@ -164,10 +164,6 @@ def _selective_scan(
         return out
     return run(_op, (*u, *delta, *A, *B, *C, *D, *delta_bias, z),
                u, delta, A, B, C, D, delta_bias, z, *flags, False, backend or '')[0]
-
-
-def _parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _fits(u, delta, A, B, C, D, z, delta_bias) -> bool:

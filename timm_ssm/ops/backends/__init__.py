@@ -10,6 +10,7 @@ A backend is a module with
 
 as `ops/naive.py`, itself one of them, spells out.
 """
+import functools
 import importlib
 import os
 import warnings
@@ -32,6 +33,7 @@ _PREFERENCE = {
 }
 
 
+@functools.lru_cache(None)
 def backend_module(name: str) -> ModuleType:
     """Import the module of the backend called `name`."""
     if name not in _MODULES:
