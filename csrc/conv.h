@@ -161,12 +161,17 @@ static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
         }
     }
     for (int i = 0; i < c.directions; i++) {
-        R* to = static_cast<R*>(c.direction[i].dparameters) + batch * (kernel_size + 1) * c.channels + channel;
-        for (int k = 0; k <= kernel_size; k++) {
-            const bool bias = k == kernel_size;
-            const int from = c.direction[i].reverse && !bias ? kernel_size - 1 - k : k;
-            memcpy(to + k * c.channels, m.gradients(i) + from * CONV_BLOCK<R>, width * sizeof(R));
+        const ConvDirection& d = c.direction[i];
+        const int64_t at = batch * c.channels + channel;
+        R* dweight = static_cast<R*>(d.dweight) + at * kernel_size;
+        for (int j = 0; j < width; j++) {
+            for (int k = 0; k < kernel_size; k++) {
+                const int from = d.reverse ? kernel_size - 1 - k : k;
+                dweight[j * kernel_size + k] = m.gradients(i)[from * CONV_BLOCK<R> + j];
+            }
         }
+        if (d.dbias)
+            memcpy(static_cast<R*>(d.dbias) + at, m.gradients(i) + kernel_size * CONV_BLOCK<R>, width * sizeof(R));
     }
 }
 

@@ -13,40 +13,45 @@
 #include <immintrin.h>
 #endif
 
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#if defined(__clang__)
+#define TARGET(FEATURES) PRAGMA(clang attribute push(__attribute__((target(FEATURES))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define TARGET(FEATURES) _Pragma("GCC push_options") PRAGMA(GCC target(FEATURES))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
 namespace baseline {
 #define VECTOR_BYTES 16
 #include "kernels.h"
 }
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+TARGET("avx2,fma")
 namespace avx2 {
 #define VECTOR_BYTES 32
 #include "kernels.h"
 }
-#pragma GCC pop_options
+END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #define VECTOR_BYTES 64
 #include "kernels.h"
 }
-#pragma GCC pop_options
+END_TARGET
 #endif
 
+// From plain to fast.
 static const struct {
     const char* name;
     const Kernels* kernels;
-    bool usable;
 } ISAS[] = {
-    {"baseline", &baseline::KERNELS, true},
+    {"baseline", &baseline::KERNELS},
 #if defined(__x86_64__)
-    {"avx2", &avx2::KERNELS, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-    {"avx512", &avx512::KERNELS,
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-         && __builtin_cpu_supports("avx512vl")},
+    {"avx2", &avx2::KERNELS},
+    {"avx512", &avx512::KERNELS},
 #endif
 };
 
@@ -85,9 +90,20 @@ __attribute__((visibility("default"))) int timm_ssm_conv_backward(const Conv* c)
     return run(ISAS[c->isa].kernels->conv_backward[c->is_double], c, c->threads);
 }
 
-// The name of instruction set i, null beyond the last; empty if this machine lacks it.
+// The name of instruction set i, empty if this machine lacks it; null beyond the last.
 __attribute__((visibility("default"))) const char* timm_ssm_isa(int i) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool usable[] = {
+        true,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512vl"),
+    };
+#else
+    const bool usable[] = {true};
+#endif
     if (i >= (int)(sizeof(ISAS) / sizeof(*ISAS))) return nullptr;
-    return ISAS[i].usable ? ISAS[i].name : "";
+    return usable[i] ? ISAS[i].name : "";
 }
 }

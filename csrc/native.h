@@ -16,9 +16,10 @@ struct Direction {
     const void *A, *D, *bias;  // (channels, d_state), (channels,), (channels,); D and bias may be null
     void* states;  // (batch, chunks, d_state, channels), or null if a forward pass shall not save them
     int64_t reverse, mask_diagonal;
-    // gradients: of B and C (parts * batch, length, groups, d_state), of A, D and bias (batch, d_state + 2, channels)
+    // gradients: of B and C (parts * batch, length, groups, d_state), to be summed over parts, and of parameters
+    // (batch, ...), to be summed over the batch
     Tensor du, ddelta, dB, dC;
-    void* dparameters;
+    void *dA, *dD, *dbias;
 };
 
 struct Scan {
@@ -33,7 +34,7 @@ struct ConvDirection {
     const void *weight, *bias;  // (channels, kernel size), (channels,) or null
     int64_t reverse;
     Tensor out;  // its gradient in a backward pass
-    void* dparameters;  // (batch, kernel size + 1, channels): gradients of weight and bias
+    void *dweight, *dbias;  // (batch, ...): gradients to be summed over the batch
 };
 
 struct Conv {

@@ -7,7 +7,7 @@
 template <class R>
 constexpr int BLOCK = 128 / sizeof(R);  // channels of a task
 
-constexpr int MAX_STATES = VECTOR_BYTES == 64 ? 16 : 4;  // states held in registers, forward
+constexpr int MAX_STATES = 8;  // held in registers, forward
 constexpr int MAX_STATES_BACKWARD = 4;
 
 // The rows of one tile: `data` is the row that the scan meets first, `stride` leads to the next.
@@ -446,10 +446,12 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         finish(d.du, tile, du);
         finish(d.ddelta, tile, ddelta);
     }
-    R* to = static_cast<R*>(d.dparameters) + batch * (N + 2) * s.channels + channel;
-    for (int64_t n = 0; n < N; n++) memcpy(to + n * s.channels, m->dA + n * BLOCK<R>, width * sizeof(R));
-    memcpy(to + N * s.channels, m->dD, width * sizeof(R));
-    memcpy(to + (N + 1) * s.channels, m->dbias, width * sizeof(R));
+    const int64_t at = batch * s.channels + channel;
+    R* dA = static_cast<R*>(d.dA) + at * N;
+    for (int c = 0; c < width; c++)
+        for (int64_t n = 0; n < N; n++) dA[c * N + n] = m->dA[n * BLOCK<R> + c];
+    if (d.dD) memcpy(static_cast<R*>(d.dD) + at, m->dD, width * sizeof(R));
+    if (d.dbias) memcpy(static_cast<R*>(d.dbias) + at, m->dbias, width * sizeof(R));
 }
 
 template <class R>

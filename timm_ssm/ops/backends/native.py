@@ -7,7 +7,7 @@ import ctypes
 import os
 import struct
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -80,7 +80,7 @@ def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]
         raise MemoryError('native: no memory left')
 
 
-_NO_GRADS = (0,) * 17
+_NO_GRADS = (0,) * 19
 
 
 def _run_scan(
@@ -91,7 +91,7 @@ def _run_scan(
         states: Optional[torch.Tensor],
         parts: int = 1,
         dz: Optional[torch.Tensor] = None,
-        grads: Optional[List[List[torch.Tensor]]] = None,
+        grads: Optional[List[List[Optional[torch.Tensor]]]] = None,
 ) -> None:
     """Pack `Scan` of native.h and run it. `out` is the incoming gradient in a backward pass."""
     inputs = [[_rows(x) for x in xs] for xs in (call.u, call.delta, call.B, call.C)]  # alive until the call returns
@@ -111,10 +111,9 @@ def _run_scan(
         if grads is None:
             fields += _NO_GRADS
         else:
-            *tensors, dparameters = grads[i]
-            for x in tensors:
+            for x in grads[i][:4]:
                 fields += _tensor(x)
-            fields.append(dparameters.data_ptr())
+            fields += [0 if x is None else x.data_ptr() for x in grads[i][4:]]
     _run(function, out.dtype, fields)
 
 
@@ -158,8 +157,12 @@ def scan_backward(
     # Channels share dB and dC: each part of them sums its own, and there are enough parts to keep many threads busy.
     parts = max(1, min(128 // max(1, batch * groups), channels // groups // 32))
     new = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros
-    shapes = [grad_out.shape] * 2 + [(parts * batch, length, groups, d_state)] * 2 + [(batch, d_state + 2, channels)]
-    grads = [[new(shape) for shape in shapes] for _ in call.u]
+    shape_B = (parts * batch, length, groups, d_state)
+    grads = [[
+        new(grad_out.shape), new(grad_out.shape), new(shape_B), new(shape_B),
+        new((batch, channels, d_state)), new((batch, channels)) if call.D else None,
+        new((batch, channels)) if call.delta_bias else None,
+    ] for _ in call.u]
     dz = None if call.z is None else new(grad_out.shape)
     if grad_out.numel():
         _run_scan(
@@ -167,17 +170,16 @@ def scan_backward(
             grads)
 
     results = []
-    for i, (du, ddelta, dB, dC, dparameters) in enumerate(grads):
-        shape = call.B[i].shape
-        dB, dC = (x.view(parts, *shape).sum(0) if parts > 1 else x.view(shape) for x in (dB, dC))
-        dparameters = dparameters.sum(0)
-        result = [du, ddelta, dparameters[:d_state].t().contiguous(), dB, dC]
-        if call.D:
-            result.append(dparameters[d_state].clone())
-        if call.delta_bias:
-            result.append(dparameters[d_state + 1].clone())
-        results.append(result)
+    for B, (du, ddelta, dB, dC, *parameters) in zip(call.B, grads):
+        dB, dC = (_sum(x.view(parts, *B.shape)) for x in (dB, dC))
+        dA, dD, dbias = (None if x is None else _sum(x) for x in parameters)
+        results.append([x for x in (du, ddelta, dA, dB, dC, dD, dbias) if x is not None])
     return results, dz
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the first axis."""
+    return x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def _run_conv(
@@ -185,7 +187,8 @@ def _run_conv(
         call: ConvCall,
         outs: List[torch.Tensor],
         dx: Optional[torch.Tensor] = None,
-        dparameters: Optional[List[torch.Tensor]] = None,
+        dweights: Sequence[torch.Tensor] = (),
+        dbiases: Sequence[torch.Tensor] = (),
 ) -> None:
     """Pack `Conv` of native.h and run it. `outs` are the incoming gradients in a backward pass."""
     x, outs = _rows(call.x), [_rows(out) for out in outs]
@@ -194,7 +197,7 @@ def _run_conv(
     for i, out in enumerate(outs):
         fields += (
             call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i], *_tensor(out),
-            dparameters[i].data_ptr() if dparameters else 0)
+            dweights[i].data_ptr() if dweights else 0, dbiases[i].data_ptr() if dbiases else 0)
     _run(function, x.dtype, fields)
 
 
@@ -218,13 +221,9 @@ def conv_backward(
     if x.dtype != acc_dtype(x.dtype):
         dx, *dparameters = conv_backward(call._replace(x=x.float()), [g.float() for g in grad_outs])
         return dx.to(x.dtype), *dparameters
-    kernel_size = call.weight[0].shape[1]
     new = x.new_empty if x.numel() else x.new_zeros
     dx = new(x.shape)
-    dparameters = [new((x.shape[0], kernel_size + 1, x.shape[2])) for _ in call.weight]
+    dweights, dbiases = ([new((x.shape[0], *p.shape)) for p in ps] for ps in (call.weight, call.bias))
     if x.numel():
-        _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dparameters)
-    dparameters = [p.sum(0) for p in dparameters]
-    return (
-        dx, [p[:kernel_size].t().contiguous() for p in dparameters],
-        [p[kernel_size].clone() for p in dparameters] if call.bias else [])
+        _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dweights, dbiases)
+    return dx, [_sum(d) for d in dweights], [_sum(d) for d in dbiases]
