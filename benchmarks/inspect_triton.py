@@ -132,6 +132,18 @@ def cases(dtype):
     yield 'forward, split', lambda: forward.scan_forward(long, True)
     long_out = long.u[0].new_zeros(long.u[0].shape)
     yield 'backward, split', lambda: backward.scan_backward(long, long_out, long_out, long.new_states(True))
+    one = scan_call(1, 1, 1, 1, 2, dtype)  # sizes of 1 are compile-time constants
+    one_out = one.u[0].new_zeros(one.u[0].shape)
+    yield 'forward, smallest', lambda: forward.scan_forward(one, True)
+    yield 'backward, smallest', lambda: backward.scan_backward(one, one_out, one_out, one.new_states(True))
+    conv_one = conv_call(1, 1, 1, 1, dtype)
+    yield 'conv forward, smallest', lambda: conv.conv_forward(conv_one)
+    yield 'conv backward, smallest', lambda: conv.conv_backward(conv_one, [conv_one.x.contiguous()])
+    odd = scan_call(1, 300, 37, 5, 1, dtype)._replace(residual=True, mask_diagonal=[True])
+    odd_out = odd.u[0].new_zeros(odd.u[0].shape)
+    yield 'forward, odd sizes, residual and masked', lambda: forward.scan_forward(odd, True)
+    yield 'backward, odd sizes, residual and masked', lambda: backward.scan_backward(
+        odd, odd_out, odd_out, odd.new_states(True))
     cc = conv_call(32, 197, 768, 2, dtype)
     yield 'conv forward', lambda: conv.conv_forward(cc)
     yield 'conv backward', lambda: conv.conv_backward(cc, [cc.x.contiguous()] * 2)

@@ -1,6 +1,8 @@
 """What `test_kernels.py` does not reach with small shapes: cuts of long sequences, and the variant of the GPU."""
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,16 @@ def test_triton_is_imported_late():
         'o.selective_scan(x, x, -torch.ones(3, 1), x[..., :1], x[..., :1], backend="naive")\n'
         'assert "timm_ssm.ops.backends.triton.forward" not in sys.modules and not torch.cuda.is_initialized()\n')
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', ['cuda:90', 'hip:gfx942'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32', 'float64'])
+def test_compiles_without_a_gpu(target, dtype):
+    """The interpreter takes programs that the compiler does not."""
+    script = Path(__file__).resolve().parents[2] / 'benchmarks' / 'inspect_triton.py'
+    env = {**os.environ, 'PYTHONPATH': str(script.parents[1])}
+    out = subprocess.run(
+        [sys.executable, script, '--target', target, '--dtype', dtype], check=True, capture_output=True, text=True,
+        env=env)
+    assert 'backward, both directions: _scan_backward' in out.stdout

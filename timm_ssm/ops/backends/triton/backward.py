@@ -17,7 +17,9 @@ from .common import (
     directions,
     flags,
     grouped,
+    in_memory,
     load_row,
+    load_token,
     parameters,
     plan,
     row,
@@ -118,9 +120,7 @@ def _carry_direction(
     e = tl.zeros([N_POW2, c.shape[0]], acc)
     total = tl.zeros([c.shape[0]], acc)
     while s >= begin:
-        t = s
-        if REVERSE:
-            t = length - 1 - s
+        t = in_memory(s, length, REVERSE)
         dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
         dy = tl.load(grad_ptr + t * channels + c, mask=mask, other=0.).to(acc)
         C = load_row(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
@@ -212,15 +212,16 @@ def _backward_direction(
         h = tl.load(states_ptr + (chunk // STRIDE) * N * channels + tile, mask=tile_mask, other=0.)
         last = chunk + (tl.minimum(chunk + STRIDE, length) - 1 - chunk) // TILE * TILE
         s = chunk
+        u_next, delta_next, B_next = load_token(
+            u_ptr, delta_ptr, B_ptr, s, length, c, mask, n, u_l, delta_l, B_l, N, N_POW2, ALIGNED, REVERSE)
         while s < last:
+            u = u_next.to(acc)
+            dt = delta_next.to(acc)
+            B = B_next.to(acc)
+            u_next, delta_next, B_next = load_token(  # while the present token is computed
+                u_ptr, delta_ptr, B_ptr, s + 1, length, c, mask, n, u_l, delta_l, B_l, N, N_POW2, ALIGNED, REVERSE)
             if s % TILE == 0:
                 tl.store(starts_ptr + (s - chunk) // TILE * N * channels + tile, h, mask=tile_mask)
-            t = s
-            if REVERSE:
-                t = length - 1 - s
-            u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.).to(acc)
-            dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
-            B = load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED).to(acc)
             if HAS_BIAS:
                 dt += bias
             if SOFTPLUS:
@@ -233,9 +234,7 @@ def _backward_direction(
         # then the gradients, tile by tile, from the last to the first
         while s >= chunk:
             live = (s + r < length)[None, :, None] & mask[None, None, :]
-            to = (s + r)[None, :, None]
-            if REVERSE:
-                to = length - 1 - to
+            to = in_memory(s + r, length, REVERSE)[None, :, None]
             us = tl.load(u_ptr + to * u_l + c3, mask=live, other=0.).to(acc)
             dts = tl.load(delta_ptr + to * delta_l + c3, mask=live, other=0.).to(acc)
             dy = tl.load(grad_ptr + to * channels + c3, mask=live, other=0.).to(acc)
@@ -324,8 +323,8 @@ def _backward_direction(
                 dbias += tl.sum(tl.sum(ddt, 1), 0)
             tl.store(du_ptr + to * channels + c3, du.to(du_ptr.dtype.element_ty), mask=live)
             tl.store(ddelta_ptr + to * channels + c3, ddt.to(ddelta_ptr.dtype.element_ty), mask=live)
+            tl.debug_barrier()  # the next tile reads `carries` and `dparams`, the next chunk overwrites `starts`
             s -= TILE
-        tl.debug_barrier()  # the next chunk overwrites `starts`
         chunk -= STRIDE
 
     if HAS_D:

@@ -61,6 +61,24 @@ def load_row(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexp
 
 
 @triton.jit
+def in_memory(s, length, REVERSE: tl.constexpr):
+    """Where the token that a scan meets at step s lies."""
+    return length - 1 - s if REVERSE else s
+
+
+@triton.jit
+def load_token(
+        u_ptr, delta_ptr, B_ptr, s, length, c, mask, n, u_l, delta_l, B_l,
+        N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """u, delta and B at step s, as they are in memory."""
+    t = in_memory(s, length, REVERSE)
+    u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.)
+    delta = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.)
+    return u, delta, load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED)
+
+
+@triton.jit
 def row(x, k: tl.constexpr, index):
     """x[:, k] of a tile (a, b, c) whose middle axis, numbered by `index`, lies in the registers of one lane: a choice
     of registers, no code. The detour by integers lets the compiler drop the zeros, which it may not with floats."""

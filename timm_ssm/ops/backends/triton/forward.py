@@ -14,7 +14,9 @@ from .common import (
     directions,
     flags,
     grouped,
+    in_memory,
     load_row,
+    load_token,
     parameters,
     plan,
     rows,
@@ -67,16 +69,27 @@ def _scan_direction(
         h += tl.where(n_mask[:, None], u[None, :], 0.)
     total = tl.zeros([c.shape[0]], acc)
 
+    u_next, delta_next, B_next = load_token(
+        u_ptr, delta_ptr, B_ptr, s, length, c, mask, n, u_l, delta_l, B_l, N, N_POW2, ALIGNED, REVERSE)
+    if not SUMMARY:
+        C_next = load_row(C_ptr + in_memory(s, length, REVERSE) * C_l, n, N, N_POW2, ALIGNED)
     while s < end:
-        t = s
-        if REVERSE:
-            t = length - 1 - s
+        t = in_memory(s, length, REVERSE)
+        u = u_next.to(acc)
+        dt = delta_next.to(acc)
+        B = B_next.to(acc)
+        if not SUMMARY:
+            C = C_next.to(acc)
+        following = tl.minimum(s + 1, end - 1)  # fetched while the present token is computed
+        u_next, delta_next, B_next = load_token(
+            u_ptr, delta_ptr, B_ptr, following, length, c, mask, n, u_l, delta_l, B_l, N, N_POW2, ALIGNED, REVERSE)
+        if not SUMMARY:
+            C_next = load_row(C_ptr + in_memory(following, length, REVERSE) * C_l, n, N, N_POW2, ALIGNED)
         if SAVE:  # noqa: SIM102 (decided at compile time)
             if s % STRIDE == 0:
-                tl.store(states_ptr + (s // STRIDE) * N * channels + tile, h, mask=tile_mask)
-        u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.).to(acc)
-        dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
-        B = load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED).to(acc)
+                # s >> 63 is 0, but bound to the loop: else the addresses would stay in registers throughout it
+                at = n[:, None] * (channels + (s >> 63) * 16) + c[None, :]
+                tl.store(states_ptr + (s // STRIDE) * N * channels + at, h, mask=tile_mask)
         if HAS_BIAS:
             dt += bias
         if SOFTPLUS:
@@ -86,7 +99,6 @@ def _scan_direction(
         if SUMMARY:
             total += dt
         else:
-            C = load_row(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
             if MASK_DIAGONAL:
                 y = tl.where(s == 0, 0., tl.sum(decayed * C[:, None], axis=0))
             else:
