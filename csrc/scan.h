@@ -8,7 +8,8 @@ template <class R>
 constexpr int BLOCK = 128 / sizeof(R);  // channels of a task
 
 constexpr int MAX_STATES = 8;  // held in registers, forward
-constexpr int MAX_STATES_BACKWARD = 4;
+template <class R>
+constexpr int MAX_STATES_BACKWARD = LANES<R> < 4 ? LANES<R> : 4;
 
 // The rows of one tile: `data` is the row that the scan meets first, `stride` leads to the next.
 template <class R>
@@ -94,10 +95,10 @@ template <class R>
 struct alignas(64) BackwardScratch : Scratch<R> {
     typename Scratch<R>::TileBuffer dy, du, slope, g_B, g_decay, more_buffers[3];
     typename Scratch<R>::Block dD, dbias;
-    // one vector's decays and states before each token; products whose sums over lanes are dB and dC
-    typedef R Products[STRIDE * MAX_STATES_BACKWARD * LANES<R>];
-    Products decay, before, dB, dC;
-    R sums[STRIDE * MAX_STATES_BACKWARD];
+    // of one vector of channels: decays, and states decayed by them
+    R decay[STRIDE * MAX_STATES_BACKWARD<R> * LANES<R>], decayed[STRIDE * MAX_STATES_BACKWARD<R> * LANES<R>];
+    // sums over channels on their way to dB and dC: a vector for each token, in which states have neighbouring lanes
+    R dB[STRIDE * LANES<R>], dC[STRIDE * LANES<R>];
     R *g, *dA;  // (d_state, BLOCK)
 
     static int64_t bytes(const Scan& s) {
@@ -279,57 +280,61 @@ static void forward_task(const Scan& s, int64_t task, void* scratch) {
             s, i, batch, group, group * blocks.group_channels + block * BLOCK<R>, width, Scratch<R>::in(scratch, s));
 }
 
+// Adds up lanes of K vectors until one is left, and puts or adds that to `to`.
+template <class R, int K>
+INLINE void add_products(Vec<R>* products, bool first, R* to) {
+    const Vec<R> sum = gather<R, K>(products);
+    store(to, first ? sum : load(to) + sum);
+}
+
 // One vector of channels and K of its states through a tile and back.
 //
 // On the way there decays and states are computed anew, on the way back g = dL/dh follows
 // g_t = C_t dy_t + a_{t+1} g_{t+1}, where a g is what `g_memory` carries from tile to tile.
 template <class R, int K, bool MASK>
-INLINE void retreat(int rows, int v, bool first, const R* A, const R* h_memory, R* g_memory, R* dA_memory,
+INLINE void retreat(int64_t rows, int64_t v, bool first, const R* A, const R* h_memory, R* g_memory, R* dA_memory,
                     Rows<R> B, Rows<R> C, BackwardScratch<R>* m) {
     constexpr int W = LANES<R>;
-    Vec<R> h[K];
+    Vec<R> h[K], products[K];
     for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
-    for (int i = 0; i < rows; i++) {
-        const Vec<R> step = load(m->dt + i * BLOCK<R> + v), input = load(m->dtu + i * BLOCK<R> + v);
-        const Vec<R> dy = load(m->dy + i * BLOCK<R> + v);
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t row = i * BLOCK<R> + v, at = i * K * W;
+        const Vec<R> step = load(m->dt + row), input = load(m->dtu + row), dy = load(m->dy + row);
         const R* Bi = B[i];
 #pragma GCC unroll 4
         for (int n = 0; n < K; n++) {
-            const int at = (i * K + n) * W;
-            const Vec<R> decay = exp2(step * load(A + n * BLOCK<R>));
-            store(m->decay + at, decay);
-            store(m->before + at, h[n]);
-            const Vec<R> decayed = decay * h[n];
+            const Vec<R> decay = exp2(step * load(A + n * BLOCK<R>)), decayed = decay * h[n];
+            store(m->decay + at + n * W, decay);
+            store(m->decayed + at + n * W, decayed);
             h[n] = decayed + input * Bi[n];
-            const Vec<R> product = dy * (MASK ? decayed : h[n]);
-            store(m->dC + at, first ? product : load(m->dC + at) + product);
+            products[n] = dy * (MASK ? decayed : h[n]);
         }
+        add_products<R, K>(products, first, m->dC + i * W);
     }
     Vec<R> g[K], dA[K];
     for (int n = 0; n < K; n++) {
         g[n] = load(g_memory + n * BLOCK<R>);
         dA[n] = load(dA_memory + n * BLOCK<R>);
     }
-    for (int i = rows - 1; i >= 0; i--) {
-        const Vec<R> step = load(m->dt + i * BLOCK<R> + v), input = load(m->dtu + i * BLOCK<R> + v);
-        const Vec<R> dy = load(m->dy + i * BLOCK<R> + v);
+    for (int64_t i = rows - 1; i >= 0; i--) {
+        const int64_t row = i * BLOCK<R> + v, at = i * K * W;
+        const Vec<R> step = load(m->dt + row), input = load(m->dtu + row), dy = load(m->dy + row);
         const R *Bi = B[i], *Ci = C[i];
-        Vec<R> g_B = load(m->g_B + i * BLOCK<R> + v), g_decay = load(m->g_decay + i * BLOCK<R> + v);
+        Vec<R> g_B = load(m->g_B + row), g_decay = load(m->g_decay + row);
 #pragma GCC unroll 4
         for (int n = 0; n < K; n++) {
-            const int at = (i * K + n) * W;
             const Vec<R> g_state = g[n] + dy * Ci[n];
             const Vec<R> g_own = MASK ? g[n] : g_state;  // a masked token's own contribution is seen by later ones only
             g_B += g_own * Bi[n];
-            const Vec<R> product = g_own * input;
-            store(m->dB + at, first ? product : load(m->dB + at) + product);
-            g[n] = load(m->decay + at) * g_state;
-            const Vec<R> g_exponent = g[n] * load(m->before + at);
+            products[n] = g_own * input;
+            g[n] = load(m->decay + at + n * W) * g_state;
+            const Vec<R> g_exponent = load(m->decayed + at + n * W) * g_state;
             g_decay += g_exponent * load(A + n * BLOCK<R>);
             dA[n] += g_exponent * step;
         }
-        store(m->g_B + i * BLOCK<R> + v, g_B);
-        store(m->g_decay + i * BLOCK<R> + v, g_decay);
+        add_products<R, K>(products, first, m->dB + i * W);
+        store(m->g_B + row, g_B);
+        store(m->g_decay + row, g_decay);
     }
     for (int n = 0; n < K; n++) {
         store(g_memory + n * BLOCK<R>, g[n]);
@@ -348,7 +353,7 @@ struct Retreat {
     INLINE_MEMBER void operator()(int64_t n) const {
         const int64_t at = n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
-        for (int v = 0; v < width; v += LANES<R>)
+        for (int64_t v = 0; v < width; v += LANES<R>)
             retreat<R, K, MASK>(rows, v, v == 0, m->A + at + v, m->h + at + v, m->g + at + v,
                                 m->dA + at + v, Bn, Cn, m);
         reduce<K>(m->dB, dB, n);
@@ -356,9 +361,16 @@ struct Retreat {
     }
     template <int K>
     INLINE_MEMBER void reduce(const R* products, Rows<R> to, int64_t n) const {
-        lane_sums(products, (rows * K + LANES<R> - 1) / LANES<R>, m->sums);
-        for (int i = 0; i < rows; i++)
-            for (int k = 0; k < K; k++) to[i][n + k] = add ? to[i][n + k] + m->sums[i * K + k] : m->sums[i * K + k];
+        constexpr int TOKENS = LANES<R> / K;
+        for (int i = 0; i < rows; i += TOKENS) {
+            R sums[LANES<R>];
+            store(sums, fold<R, 1, TOKENS>(products + i * LANES<R>));
+            for (int j = 0; j < TOKENS && i + j < rows; j++)
+                for (int k = 0; k < K; k++) {
+                    R& sum = to[i + j][n + k];
+                    sum = add ? sum + sums[k * TOKENS + j] : sums[k * TOKENS + j];
+                }
+        }
     }
 };
 
@@ -387,6 +399,9 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
             prefetch<R>(s.out, next);
             if (s.z.data) prefetch<R>(s.z, next);
             if (gate_gradient) prefetch<R>(s.y, next);
+            if (gate_gradient) prefetch<R>(s.dz, next);
+            prefetch<R>(d.du, next);
+            prefetch<R>(d.ddelta, next);
         }
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
@@ -425,9 +440,9 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
         const Rows<R> dB = states_of<R>(d.dB, part_tile, group), dC = states_of<R>(d.dC, part_tile, group);
         if (d.mask_diagonal)
-            for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add});
+            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add});
         else
-            for_states<MAX_STATES_BACKWARD>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add});
+            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add});
         const Rows<R> du = writable(d.du, tile, m->more_buffers[1]), ddelta = writable(d.ddelta, tile, m->more_buffers[2]);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {

@@ -177,21 +177,27 @@ INLINE Vec<R> add_pairs(Vec<R> a, Vec<R> b, std::integer_sequence<int, LANE...>)
     return shuffle<R, (LANE & S ? W + LANE : LANE)...>(a, b) + shuffle<R, (LANE & S ? W + LANE - S : LANE + S)...>(a, b);
 }
 
-// One node of the tree that adds up LANES vectors, root S = 1: lanes i and i + S of two vectors become one, so that lane i
-// of the root is the sum over the lanes of vector i.
-template <class R, int S>
-INLINE Vec<R> fold(const R* in) {
-    constexpr int W = LANES<R>;
-    if constexpr (S == W)
-        return load(in);
-    else
-        return add_pairs<R, S>(
-            fold<R, 2 * S>(in), fold<R, 2 * S>(in + S * W), std::make_integer_sequence<int, W>());
+// A tree that adds up the lanes of LANES vectors, so that lane i of its root is the sum of the lanes of vector i. On its
+// level S, lanes i and i + S of vectors j and j + S become one.
+
+// The upper levels, for vectors 0, LANES / K, 2 LANES / K, ... of the tree. Overwrites them.
+template <class R, int K, int S = LANES<R> / 2>
+INLINE Vec<R> gather(Vec<R>* in) {
+    if constexpr (K == 1) {
+        return in[0];
+    } else {
+        for (int k = 0; k < K / 2; k++)
+            in[k] = add_pairs<R, S>(in[k], in[k + K / 2], std::make_integer_sequence<int, LANES<R>>());
+        return gather<R, K / 2, S / 2>(in);
+    }
 }
 
-// The sums over the lanes of n * LANES vectors that lie one after another at `in`.
-template <class R>
-INLINE void lane_sums(const R* in, int n, R* out) {
-    constexpr int W = LANES<R>;
-    for (int i = 0; i < n; i++, in += W * W, out += W) store(out, fold<R, 1>(in));
+// The levels below N: of N vectors one after another at `in`.
+template <class R, int S, int N>
+INLINE Vec<R> fold(const R* in) {
+    if constexpr (S == N)
+        return load(in);
+    else
+        return add_pairs<R, S>(fold<R, 2 * S, N>(in), fold<R, 2 * S, N>(in + S * LANES<R>),
+                               std::make_integer_sequence<int, LANES<R>>());
 }
