@@ -33,7 +33,7 @@ kernels = Extension(
     depends=['csrc/conv.h', 'csrc/kernels.h', 'csrc/native.h', 'csrc/scan.h', 'csrc/simd.h'],
     extra_compile_args=[
         '-std=c++17', '-O3', '-g0', '-fopenmp', '-fvisibility=hidden', '-ffp-contract=fast', '-fno-math-errno',
-        '-fno-trapping-math', '-Wno-psabi',
+        '-fno-trapping-math', '-Wno-psabi', '-Wno-maybe-uninitialized',
     ],
     extra_link_args=['-fopenmp'] if sys.platform != 'win32' else [],
     optional=True,

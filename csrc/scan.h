@@ -31,13 +31,22 @@ INLINE Rows<R> rows_of(const Tensor& x, const Tile& tile) {
     return {data, tile.step * x.token_stride};
 }
 
-// Asks for the memory of the next tile: rows lie too far apart for processors to foresee them.
+// The rows of the next tile, to be asked for in time: they lie too far apart for processors to foresee them.
 template <class R>
-INLINE void prefetch(const Tensor& x, const Tile& next) {
-    const Rows<R> rows = rows_of<R>(x, next);
-    for (int i = 0; i < next.rows; i++)
-        for (int v = 0; v < next.width; v += 64 / sizeof(R)) __builtin_prefetch(rows[i] + v);
-}
+struct Ahead {
+    Tile tile;  // of no rows after the last tile
+    int count;
+    Rows<R> tensors[8];
+    INLINE_MEMBER void add(const Tensor& x) {
+        if (x.data && tile.rows) tensors[count++] = rows_of<R>(x, tile);
+    }
+    // Steps [from, to) of `steps`: too many rows at once would wait for one another.
+    INLINE_MEMBER void fetch(int64_t from, int64_t to, int64_t steps) const {
+        for (int64_t i = tile.rows * from / steps; i < tile.rows * to / steps; i++)
+            for (int j = 0; j < count; j++)
+                for (int v = 0; v < tile.width; v += 64 / sizeof(R)) __builtin_prefetch(tensors[j][i] + v);
+    }
+};
 
 template <class R>
 INLINE void copy_rows(Rows<R> from, Rows<R> to, const Tile& tile) {
@@ -127,7 +136,8 @@ struct Blocks {
 
 template <class R>
 INLINE Tile tile_of(const Scan& s, const Direction& d, int64_t batch, int64_t channel, int width, int64_t start) {
-    const int rows = s.length - start < STRIDE ? s.length - start : STRIDE;
+    const int64_t left = start < 0 ? 0 : s.length - start;
+    const int rows = left < 0 ? 0 : left < STRIDE ? left : STRIDE;
     return {batch, d.reverse ? s.length - 1 - start : start, d.reverse ? -1 : 1, channel, rows, width};
 }
 
@@ -187,7 +197,6 @@ INLINE void advance(
 template <class R, bool MASK>
 struct Advance {
     Scratch<R>* m;
-    int64_t d_state;
     int rows, width;
     Rows<R> B, C;
     template <int K>
@@ -222,13 +231,12 @@ static void forward_direction(
                 memcpy(to + n * s.channels, h + n * BLOCK<R>, width * sizeof(R));
         }
         const Rows<R> before = index ? readable(sum, tile, m->buffers[2]) : Rows<R>{};
-        if (start + STRIDE < s.length) {
-            const Tile next = tile_of<R>(s, d, batch, channel, width, start + STRIDE);
-            prefetch<R>(d.u, next);
-            prefetch<R>(d.delta, next);
-            if (index) prefetch<R>(sum, next);
-            if (last && s.z.data) prefetch<R>(s.z, next);
-        }
+        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start + STRIDE)};
+        ahead.add(d.u);
+        ahead.add(d.delta);
+        if (index) ahead.add(sum);
+        if (last) ahead.add(s.z);
+        ahead.fetch(0, 1, 1);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
@@ -242,10 +250,10 @@ static void forward_direction(
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
         if (d.mask_diagonal) {
             memcpy(m->first, m->y, sizeof(m->first));
-            for_states<MAX_STATES>(0, s.d_state, Advance<R, true>{m, s.d_state, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, Advance<R, true>{m, tile.rows, width, B, C});
             if (start == 0) memcpy(m->y, m->first, sizeof(m->first));
         } else {
-            for_states<MAX_STATES>(0, s.d_state, Advance<R, false>{m, s.d_state, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, Advance<R, false>{m, tile.rows, width, B, C});
         }
         if (last && s.z.data) {
             const Rows<R> z = readable(s.z, tile, m->buffers[3]);
@@ -349,8 +357,10 @@ struct Retreat {
     int rows, width;
     Rows<R> B, C, dB, dC;
     bool add;  // to dB and dC, which earlier blocks wrote
+    const Ahead<R>& ahead;
     template <int K>
     INLINE_MEMBER void operator()(int64_t n) const {
+        ahead.fetch(n, n + K, d_state);
         const int64_t at = n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int64_t v = 0; v < width; v += LANES<R>)
@@ -392,17 +402,15 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const bool gate_gradient = s.z.data && index == 0;
         const Rows<R> y = gate_gradient ? readable(s.y, tile, m->buffers[4]) : Rows<R>{};
         const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->more_buffers[0]) : Rows<R>{};
-        if (start > 0) {
-            const Tile next = tile_of<R>(s, d, batch, channel, width, start - STRIDE);
-            prefetch<R>(d.u, next);
-            prefetch<R>(d.delta, next);
-            prefetch<R>(s.out, next);
-            if (s.z.data) prefetch<R>(s.z, next);
-            if (gate_gradient) prefetch<R>(s.y, next);
-            if (gate_gradient) prefetch<R>(s.dz, next);
-            prefetch<R>(d.du, next);
-            prefetch<R>(d.ddelta, next);
-        }
+        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start - STRIDE)};
+        ahead.add(d.u);
+        ahead.add(d.delta);
+        ahead.add(s.out);
+        ahead.add(s.z);
+        if (gate_gradient) ahead.add(s.y);
+        if (gate_gradient) ahead.add(s.dz);
+        ahead.add(d.du);
+        ahead.add(d.ddelta);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const int at = i * BLOCK<R> + v;
@@ -440,9 +448,9 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
         const Rows<R> dB = states_of<R>(d.dB, part_tile, group), dC = states_of<R>(d.dC, part_tile, group);
         if (d.mask_diagonal)
-            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add});
+            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add, ahead});
         else
-            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add});
+            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add, ahead});
         const Rows<R> du = writable(d.du, tile, m->more_buffers[1]), ddelta = writable(d.ddelta, tile, m->more_buffers[2]);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
