@@ -34,9 +34,10 @@ class ScanCall(NamedTuple):
     def new_states(self, save: bool) -> torch.Tensor:
         """An uninitialised tensor for the states before every STATE_STRIDE-th token in scan order:
         (directions, B, ceil(L / STATE_STRIDE), D, N); empty if nothing is to be saved."""
-        u, dtype = self.u[0], acc_dtype(self.u[0].dtype)
+        u = self.u[0]
         if not save:
-            return u.new_empty(0, dtype=dtype)
+            return u.new_empty(0)
+        dtype = acc_dtype(u.dtype)
         batch, length, channels = u.shape
         chunks = (length + STATE_STRIDE - 1) // STATE_STRIDE
         return u.new_empty((len(self.u), batch, chunks, channels, self.A[0].shape[1]), dtype=dtype)

@@ -111,7 +111,7 @@ def _causal_conv1d(
             exportable.conv1d(x, w, bias[i] if bias else None, flags[0], reverse[i], centered)
             for i, w in enumerate(weight)
         ]
-    return run(_op, (x, *weight, *bias), x, weight, bias, *flags, backend or '')
+    return run(_op, _forward, (x, *weight, *bias), x, weight, bias, *flags, backend or '')
 
 
 def _fits(x, weight, bias, activation) -> bool:

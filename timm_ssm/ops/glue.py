@@ -1,8 +1,9 @@
 """What both ops need between their Python function and PyTorch's dispatcher."""
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from timm.layers import is_exportable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 #: Context manager in which an op's call goes straight to its kernel, past autograd.
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -19,16 +20,38 @@ def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def run(op: Any, tensors: Iterable[Optional[torch.Tensor]], *args) -> Any:
-    """Call op(*args), whose tensors are `tensors`; without gradients past autograd, a third of the call overhead."""
+def run(op: Any, kernel: Callable, tensors: Iterable[Optional[torch.Tensor]], *args) -> Any:
+    """Call op(*args), whose tensors are `tensors`.
+
+    Where nobody is watching the op, that is kernel(*args): converting so many arguments for PyTorch's dispatcher and back
+    takes longer than all the rest of a call.
+    """
     if torch.compiler.is_compiling() or needs_grad(tensors):
         return op(*args)
+    if _plain(tensors):
+        return kernel(*args)
     with below_autograd():
         return op(*args)
 
 
+def _plain(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel: no modes, transforms, traces, profiles, subclasses."""
+    return not (
+        is_in_torch_dispatch_mode()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
 def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
     """The dtype that autocast wants activations like `x` in, None to leave them: it is off, or they are float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device_type = x.device.type
     if (
             device_type == 'meta'  # knows no autocast

@@ -162,7 +162,7 @@ def _selective_scan(
                 delta_softplus, reverse[i], residual, mask_diagonal[i])
             out = y if out is None else out + y
         return out
-    return run(_op, (*u, *delta, *A, *B, *C, *D, *delta_bias, z),
+    return run(_op, _forward, (*u, *delta, *A, *B, *C, *D, *delta_bias, z),
                u, delta, A, B, C, D, delta_bias, z, *flags, False, backend or '')[0]
 
 

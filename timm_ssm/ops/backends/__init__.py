@@ -54,8 +54,8 @@ def choose(call: Union[ScanCall, ConvCall], backend: str = '') -> ModuleType:
         RuntimeError: The backend asked for cannot run here, or cannot run this call.
     """
     asked_by = 'backend'
-    if not backend:
-        backend, asked_by = os.environ.get('TIMM_SSM_BACKEND', ''), 'TIMM_SSM_BACKEND'
+    if not backend and 'TIMM_SSM_BACKEND' in os.environ:
+        backend, asked_by = os.environ['TIMM_SSM_BACKEND'], 'TIMM_SSM_BACKEND'
     if backend:
         module = backend_module(backend)
         reason = _refusal(module, call)

@@ -64,14 +64,22 @@ def refuses_conv(call: ConvCall) -> Optional[str]:
     return None if call.x.is_cpu else 'it runs on the CPU'
 
 
-def _tensor(x: Optional[torch.Tensor]) -> Tuple[int, ...]:
-    """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+_ABSENT = (0, 0, 0, 0)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its last dimension contiguous, itself wherever possible."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, ...]:
+    """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h.
+
+    A tensor whose last dimension is not contiguous is copied first; the copy must stay alive until the call returns.
+    """
+    if x is None:
+        return _ABSENT
+    stride = x.stride()
+    if stride[-1] != 1:
+        x = x.contiguous()
+        alive.append(x)
+        stride = x.stride()
+    return (x.data_ptr(), *stride[:3])
 
 
 def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]) -> None:
@@ -94,16 +102,14 @@ def _run_scan(
         grads: Optional[List[List[Optional[torch.Tensor]]]] = None,
 ) -> None:
     """Pack `Scan` of native.h and run it. `out` is the incoming gradient in a backward pass."""
-    inputs = [[_rows(x) for x in xs] for xs in (call.u, call.delta, call.B, call.C)]  # alive until the call returns
-    z = call.z if call.z is None else _rows(call.z)
-    B = call.B[0]
+    B, alive = call.B[0], []
     fields = [
-        *call.u[0].shape, B.shape[2] if B.ndim == 4 else 1, B.shape[-1], len(call.u), call.delta_softplus,
-        call.residual, parts, *_tensor(z), *_tensor(y), *_tensor(out), *_tensor(dz),
+        *call.u[0].shape, B.shape[2] if B.ndim == 4 else 1, call.A[0].shape[1], len(call.u), call.delta_softplus,
+        call.residual, parts, *_tensor(call.z, alive), *_tensor(y, alive), *_tensor(out, alive), *_tensor(dz, alive),
     ]
-    for i, direction in enumerate(zip(*inputs)):
-        for x in direction:
-            fields += _tensor(x)
+    for i in range(len(call.u)):
+        for xs in (call.u, call.delta, call.B, call.C):
+            fields += _tensor(xs[i], alive)
         fields += (
             call.A[i].data_ptr(), call.D[i].data_ptr() if call.D else 0,
             call.delta_bias[i].data_ptr() if call.delta_bias else 0, 0 if states is None else states[i].data_ptr(),
@@ -112,7 +118,7 @@ def _run_scan(
             fields += _NO_GRADS
         else:
             for x in grads[i][:4]:
-                fields += _tensor(x)
+                fields += _tensor(x, alive)
             fields += [0 if x is None else x.data_ptr() for x in grads[i][4:]]
     _run(function, out.dtype, fields)
 
@@ -166,7 +172,7 @@ def scan_backward(
     dz = None if call.z is None else new(grad_out.shape)
     if grad_out.numel():
         _run_scan(
-            _lib.timm_ssm_scan_backward, call, _rows(grad_out), None if dz is None else _rows(y), states, parts, dz,
+            _lib.timm_ssm_scan_backward, call, grad_out, None if dz is None else y, states, parts, dz,
             grads)
 
     results = []
@@ -191,12 +197,14 @@ def _run_conv(
         dbiases: Sequence[torch.Tensor] = (),
 ) -> None:
     """Pack `Conv` of native.h and run it. `outs` are the incoming gradients in a backward pass."""
-    x, outs = _rows(call.x), [_rows(out) for out in outs]
+    x, alive = call.x, []
     fields = [
-        *x.shape, call.weight[0].shape[1], len(outs), call.silu, call.centered, *_tensor(x), *_tensor(dx)]
+        *x.shape, call.weight[0].shape[1], len(outs), call.silu, call.centered, *_tensor(x, alive),
+        *_tensor(dx, alive)]
     for i, out in enumerate(outs):
         fields += (
-            call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i], *_tensor(out),
+            call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i],
+            *_tensor(out, alive),
             dweights[i].data_ptr() if dweights else 0, dbiases[i].data_ptr() if dbiases else 0)
     _run(function, x.dtype, fields)
 
