@@ -33,26 +33,27 @@ class Row(NamedTuple):
         return '' if self.goal is None else 'missed'
 
 
-def time_in_turns(functions: Dict[str, Callable[[], object]], seconds: float = 5., least: int = 5) -> Dict[str, float]:
-    """Median seconds of a call of each function, called one after the other until `seconds` have passed.
+def time_in_turns(functions: Dict[str, Callable[[], object]], seconds: float = 5., turn: float = .1) -> Dict[str, float]:
+    """Median seconds of a call of each function.
 
-    A function that takes less than a millisecond is called as often as takes one, and the mean counts as one sample.
+    The functions take turns, at least five each, until `seconds` have passed. In a turn a function is called for `turn`
+    seconds, at least once: what the others left in the caches and in the allocator, it finds in its first calls only.
     """
-    calls = {}
-    for name, function in functions.items():
-        for _ in range(2):  # to warm up
-            start = time.perf_counter()
-            function()
-            taken = time.perf_counter() - start
-        calls[name] = max(1, int(1e-3 / taken))
     samples: Dict[str, List[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[name]) < least:
+    for function in functions.values():
+        function()  # to warm up
+    end, turns = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turns < 5:
+        turns += 1
         for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
+            until = time.perf_counter() + turn
+            while True:
+                start = time.perf_counter()
                 function()
-            samples[name].append((time.perf_counter() - start) / calls[name])
+                now = time.perf_counter()
+                samples[name].append(now - start)
+                if now > until:
+                    break
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
