@@ -33,7 +33,11 @@ class Row(NamedTuple):
         return '' if self.goal is None else 'missed'
 
 
-def time_in_turns(functions: Dict[str, Callable[[], object]], seconds: float = 5., turn: float = .1) -> Dict[str, float]:
+def time_in_turns(
+        functions: Dict[str, Callable[[], object]],
+        seconds: float = 5.,
+        turn: float = .1,
+) -> Dict[str, float]:
     """Median seconds of a call of each function.
 
     The functions take turns, at least five each, until `seconds` have passed. In a turn a function is called for `turn`

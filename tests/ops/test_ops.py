@@ -288,6 +288,42 @@ def test_flops():
     assert counter.get_total_flops() == 3 * (9 * tokens * 16 + 2 * tokens)
 
 
+OPS = [
+    (selective_scan, lambda: list(scan_inputs().values())),
+    (causal_conv1d, lambda: [torch.randn(2, 9, 4), torch.ones(4, 3)]),
+]
+
+
+@pytest.mark.parametrize('fn, make_args', OPS)
+def test_whoever_watches_sees_the_op(fn, make_args):
+    """Without gradients a kernel is called past the dispatcher, unless a mode or a profiler is there to see."""
+    args, name = make_args(), f'timm_ssm::{fn.__name__}'
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        out = fn(*args)
+        with Watch():
+            assert torch.equal(fn(*args), out)
+        assert name in seen
+        with torch.profiler.profile() as profile:
+            assert torch.equal(fn(*args), out)
+        assert name in [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize('fn, make_args', OPS)
+def test_trace(fn, make_args):
+    """torch.jit.trace leaves plain operators, which run where timm_ssm is not installed."""
+    args = make_args()
+    traced = torch.jit.trace(lambda x: fn(x, *args[1:]), args[0])
+    assert 'timm_ssm::' not in str(traced.graph)
+    torch.testing.assert_close(traced(args[0]), fn(*args), rtol=1e-4, atol=1e-5)
+
+
 def test_naive_memory_is_linear_in_length():
     """Saved states grow with the length, the rest does not: no (B, L, D, N) tensor is ever made."""
     limit = 40 * 64 * 16  # elements of a chunk's states, with room
