@@ -14,6 +14,8 @@ from timm.data import ImageNetInfo
 from timm_ssm.cli import main
 from timm_ssm.hub import cards, classify, zoo
 
+from .utils import Terminal
+
 NAME = 'videomamba_tiny_patch16_224'
 
 
@@ -88,6 +90,15 @@ class TestClassify:
         assert main(['classify', *sources, '--model', str(tmp_path / 'model')]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[1:6] == lines[7:12]
+
+    def test_model_on_the_hub(self, hub, cache, tmp_path, images, capsys, monkeypatch):
+        """On a terminal there are bars, of the download and of the images."""
+        save_model(tmp_path / 'model', num_classes=7)
+        hub.add('me/mine', {p.name: p.read_bytes() for p in (tmp_path / 'model').iterdir()})
+        monkeypatch.setattr(sys, 'stderr', Terminal())
+        assert main(['classify', str(images / 'a.png'), '--model', 'hf-hub:me/mine', '--topk', '1']) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert '0/1' in sys.stderr.getvalue() and 'config.json' in sys.stderr.getvalue()
 
     def test_images_that_cannot_be_opened(self, hub, tmp_path, images, capsys):
         """They are reported; the others are still classified."""

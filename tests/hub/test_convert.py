@@ -1,5 +1,4 @@
 import argparse
-import io
 import json
 import os
 import resource
@@ -17,7 +16,7 @@ from timm_ssm.hub.convert import convert
 from timm_ssm.models._files import save_weights
 
 from ..models.utils import released_shapes, synthetic_checkpoint
-from .utils import released, small, small_clips, to_bytes
+from .utils import Terminal, released, small, small_clips, to_bytes
 
 REPO, FILE = 'OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth'
 NAME = 'videomamba_tiny_patch16_224'
@@ -76,7 +75,7 @@ class TestConvert:
         loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
         assert loaded.global_pool == 'avg' and len(loaded.blocks) == 2 and loaded.in_chans == 1
         data = timm.data.resolve_data_config(model=loaded)
-        assert data['input_size'] == (1, 48, 48)
+        assert tuple(data['input_size']) == (1, 48, 48)
         assert (data['mean'], data['std'], data['crop_pct']) == ([.5], [.25], .9)
         assert loaded.pretrained_cfg['label_names'] == ['one', 'two', 'three']
 
@@ -108,10 +107,6 @@ class TestConvert:
         assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
 
     def test_progress_on_a_terminal(self, tmp_path, monkeypatch):
-        class Terminal(io.StringIO):
-            def isatty(self):
-                return True
-
         (tmp_path / 'x.pth').write_bytes(to_bytes(small()))
         monkeypatch.setattr(sys, 'stderr', Terminal())
         convert(str(tmp_path / 'x.pth'), tmp_path / 'out', model=NAME)

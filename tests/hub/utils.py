@@ -32,3 +32,10 @@ def to_bytes(checkpoint) -> bytes:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
+
+
+class Terminal(io.StringIO):
+    """Text for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
