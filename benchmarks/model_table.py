@@ -2,8 +2,8 @@
 
     python benchmarks/model_table.py
 
-Writes docs/models.md. Nothing is computed or downloaded: models are built on the meta device. The published numbers
-are in timm_ssm/models/published.py.
+Writes docs/models.md, and timm_ssm/models/counted.py for `timm-ssm list` and the model cards. Nothing is computed or
+downloaded: models are built on the meta device. The published numbers are in timm_ssm/models/published.py.
 """
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -12,11 +12,13 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-import timm_ssm
+from timm_ssm.hub.zoo import input_shape, list_names
 from timm_ssm.models.published import LEFT_OUT, PARAMS, PUBLISHED
 
-DOCUMENT = Path(__file__).resolve().parents[1] / 'docs' / 'models.md'
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT, COUNTED = ROOT / 'docs' / 'models.md', ROOT / 'timm_ssm' / 'models' / 'counted.py'
 DATASETS = {'in1k': 'IN1k', 'in21k': 'IN21k', 'k400': 'K400', 'ssv2': 'SSv2', 'breakfast': 'Breakfast'}
 PARTS = {
     'scan': 'the selective scan',
@@ -66,12 +68,6 @@ def count(name: str, shape: Tuple[int, ...]) -> Tuple[int, Dict[str, float]]:
     return sum(p.numel() for p in model.parameters()), {k: v / 2e9 for k, v in flops.items()}
 
 
-def input_shape(architecture: str, size: Tuple[int, int, int]) -> Tuple[int, ...]:
-    """(C, H, W), or (C, T, H, W) for a model of clips."""
-    _, _, frames = architecture.partition('_f')
-    return (size[0], int(frames.partition('_')[0]), *size[1:]) if frames else size
-
-
 def published_params(architecture: str) -> Optional[float]:
     """Millions of parameters, of the longest beginning of the name that is listed."""
     parts = architecture.split('_')
@@ -83,7 +79,7 @@ def row(name: str) -> Dict[str, object]:
     """The numbers of one model, or of one pretrained tag of it."""
     architecture, _, tag = name.partition('.')
     cfg = get_pretrained_cfg(name)
-    shape = input_shape(architecture, cfg.input_size)
+    shape = input_shape(name)
     params, gmacs = count(name, shape)
     left_out = LEFT_OUT.get(architecture.partition('_')[0], ())
     dataset = 'k400' if len(shape) == 4 else 'in1k'
@@ -95,18 +91,12 @@ def row(name: str) -> Dict[str, object]:
         tag=tag if cfg.has_weights else '',
         shape=shape,
         dataset=DATASETS[dataset],
-        params=params / 1e6,
+        params=params,
         gmacs=gmacs['total'],
         same_gmacs=gmacs['total'] - sum(gmacs[part] for part in left_out),
         published_params=published_params(architecture),
         published=PUBLISHED.get(name),
     )
-
-
-def names() -> List[str]:
-    """All models, each with all its tags."""
-    modules = sorted({m.__name__.rpartition('.')[2] for m in vars(timm_ssm.models).values() if hasattr(m, '__file__')})
-    return timm.list_models(module=modules, include_tags=True)
 
 
 def cells(r: Dict[str, object]) -> List[str]:
@@ -119,7 +109,7 @@ def cells(r: Dict[str, object]) -> List[str]:
         f'`{r["architecture"]}`',
         f'`.{r["tag"]}`' if r['tag'] else '',
         '×'.join(str(n) for n in r['shape'][1:]),
-        f'{r["params"]:.2f}',
+        f'{r["params"] / 1e6:.2f}',
         f'{r["published_params"]:g}' if r['published_params'] else '–',
         f'{r["gmacs"]:.2f}',
         *((f'{r["same_gmacs"]:.2f}', f'{published.gmacs:g}') if published and published.gmacs else ('–', '–')),
@@ -129,15 +119,32 @@ def cells(r: Dict[str, object]) -> List[str]:
     ]
 
 
-def document() -> str:
+def document(rows: List[Dict[str, object]]) -> str:
     """The page docs/models.md."""
     left_out = '\n'.join(
         f'- {family}: without {", ".join(PARTS[p] for p in parts)}' for family, parts in LEFT_OUT.items())
-    lines = [COLUMNS, ['---:' if c in RIGHT else '---' for c in COLUMNS], *(cells(row(n)) for n in names())]
+    lines = [COLUMNS, ['---:' if c in RIGHT else '---' for c in COLUMNS], *map(cells, rows)]
     return INTRODUCTION.format(left_out=left_out) + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
+def counted(rows: List[Dict[str, object]]) -> str:
+    """The module timm_ssm/models/counted.py."""
+    lines = ''.join(f'    {r["name"]!r}: {counts(r)},\n' for r in rows)
+    return f'''"""Parameters and GMACs of all models with tags: written by benchmarks/model_table.py, do not edit."""
+from typing import Dict, Tuple
+
+COUNTED: Dict[str, Tuple[int, float]] = {{
+{lines}}}
+'''
+
+
+def counts(r: Dict[str, object]) -> Tuple[int, float]:
+    """A row's parameters and GMACs as they are written down."""
+    return r['params'], round(r['gmacs'], 2)
+
+
 if __name__ == '__main__':
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document())
-    print(f'wrote {DOCUMENT}')
+    table = [row(name) for name in tqdm(list_names(include_tags=True), disable=None)]
+    DOCUMENT.write_text(document(table), encoding='utf-8')
+    COUNTED.write_text(counted(table), encoding='utf-8')
+    print(f'wrote {DOCUMENT} and {COUNTED}')

@@ -1,6 +1,7 @@
 """`timm-ssm`: models, checkpoints and images from the command line."""
 import argparse
 import json
+import os
 import sys
 from typing import List, Optional
 
@@ -11,16 +12,12 @@ def _list(args: argparse.Namespace) -> None:
     from .hub import zoo
 
     filters = [f if any(c in f for c in '*?[') else f'*{f}*' for f in args.filter]
-    if args.all:
-        names = zoo.list_names(filters)
-        print(json.dumps(names, indent=2) if args.json else '\n'.join(names))
-        return
-    rows = [zoo.describe(name) for name in zoo.list_names(filters, pretrained=True)]
+    rows = [zoo.describe(name) for name in zoo.list_names(filters, pretrained=not args.all, include_tags=True)]
     if args.json:
         print(json.dumps(rows, indent=2))
         return
     cells = [
-        [r['name'], _number(r['top1']), f'{r["params"] / 1e6:.1f}', _number(r['gmacs']),
+        [r['name'], _number(r['top1']), _number(r['params'] / 1e6), _number(r['gmacs']),
          '×'.join(str(s) for s in r['input_size'][1:]), r['license'] or '', 'yes' if r['cached'] else '']
         for r in rows]
     print(zoo.table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached'], right=(1, 2, 3, 4)))
@@ -91,8 +88,10 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command('list', _list, 'list the pretrained tags with published accuracy, size and licence')
+    p.epilog = ('top-1 as published for the tag\'s last data set; GMACs of one image or clip, counted alike for all, '
+                'the scan included (docs/models.md has the published ones); input as [frames×]height×width')
     p.add_argument('filter', nargs='*', help="part of a name, or a pattern such as 'videomamba_*_448*'")
-    p.add_argument('--all', action='store_true', help='names of all models, with and without pretrained weights')
+    p.add_argument('--all', action='store_true', help='also the models without pretrained weights')
     p.add_argument('--json', action='store_true', help='print JSON')
 
     p = command('convert', _convert, 'convert a checkpoint to a folder that timm loads, and prove it the same')
@@ -132,7 +131,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run a command; an error is one message on stderr and exit status 1."""
     args = parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # such as by `| head`; Python would complain when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, RuntimeError, OSError) as e:  # huggingface_hub's are OSErrors
         print(f'timm-ssm {args.command}: {str(e).strip() or type(e).__name__}', file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ import yaml
 from timm.models import get_pretrained_cfg
 
 from timm_ssm.hub import cards, zoo
+from timm_ssm.models.counted import COUNTED
 from timm_ssm.models.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +20,13 @@ def test_hub_configs_are_in_sync():
     names = zoo.list_names(pretrained=True)
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     for name in names:
+        assert COUNTED[name][0] == sum(p.numel() for p in zoo.meta_model(name).parameters())
         for path, text in cards.generate(name, folder).items():
             assert path.read_text(encoding='utf-8') == text, path
 
 
 def test_published_are_tags():
-    assert {n for n in PUBLISHED if not n.endswith('.untrained')} <= set(zoo.list_names(pretrained=True))
+    assert {n for n in PUBLISHED if not n.endswith('.untrained')} == set(zoo.list_names(pretrained=True))
 
 
 def test_config():
@@ -66,10 +68,13 @@ def test_card(name):
     header = yaml.safe_load(text.split('---\n')[1])
     assert header['library_name'] == 'timm' and header['license'] and header['datasets']
     for wanted in ('https://arxiv.org/abs/', 'Weights and original code:** https://', 'Licence of the weights',
-                   'Trained on', 'Parameters', f"timm.create_model('{name}', pretrained=True)", '@inproceedings'):
+                   'Trained on', 'Parameters', f'**GMACs:** {COUNTED[name][1]:.2f}, counted',
+                   f"timm.create_model('{name}', pretrained=True)", '@inproceedings'):
         assert wanted in text, wanted
-    published = PUBLISHED.get(name)
-    if published and published.top1:
+    published = PUBLISHED[name]
+    if published.gmacs:
+        assert f'{published.gmacs:g} as published' in text
+    if published.top1:
         assert f'| {published.top1:.1f} % | {published.by}' in text
     usage = text.partition('```python\n')[2].partition('\n```')[0]
     assert len(usage.splitlines()) <= 5
@@ -106,8 +111,8 @@ def test_a_card_without_markers_is_not_overwritten(tmp_path):
 def test_list(cache, hub):
     row = zoo.describe('videomamba_tiny_patch16_224.in1k')
     assert row == dict(
-        name='videomamba_tiny_patch16_224.in1k', top1=76.9, params=7148008, gmacs=1.1, input_size=(3, 224, 224),
-        license='apache-2.0', cached=False)
+        name='videomamba_tiny_patch16_224.in1k', top1=76.9, params=7148008, gmacs=1.56, published_gmacs=1.1,
+        input_size=(3, 224, 224), license='apache-2.0', cached=False)
     ours = zoo.list_names()
     assert 'videomamba_tiny_patch16_224' in ours and 'vit_tiny_patch16_224' not in ours
     assert set(ours) < set(timm.list_models())

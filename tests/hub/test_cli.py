@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from timm_ssm.cli import main
-from timm_ssm.hub import cards, classify
+from timm_ssm.hub import cards, classify, zoo
+
+from .utils import Terminal
 
 NAME = 'videomamba_tiny_patch16_224'
 
@@ -87,6 +91,15 @@ class TestClassify:
         lines = capsys.readouterr().out.splitlines()
         assert lines[1:6] == lines[7:12]
 
+    def test_model_on_the_hub(self, hub, cache, tmp_path, images, capsys, monkeypatch):
+        """On a terminal there are bars, of the download and of the images."""
+        save_model(tmp_path / 'model', num_classes=7)
+        hub.add('me/mine', {p.name: p.read_bytes() for p in (tmp_path / 'model').iterdir()})
+        monkeypatch.setattr(sys, 'stderr', Terminal())
+        assert main(['classify', str(images / 'a.png'), '--model', 'hf-hub:me/mine', '--topk', '1']) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert '0/1' in sys.stderr.getvalue() and 'config.json' in sys.stderr.getvalue()
+
     def test_images_that_cannot_be_opened(self, hub, tmp_path, images, capsys):
         """They are reported; the others are still classified."""
         save_model(tmp_path / 'model', num_classes=7)
@@ -122,7 +135,7 @@ class TestList:
         assert main(['list', 'videomamba_tiny_patch16_224']) == 0
         header, _, row = capsys.readouterr().out.splitlines()
         assert header.split('  ')[0] == 'model'
-        assert row.split() == ['videomamba_tiny_patch16_224.in1k', '76.9', '7.1', '1.1', '224×224', 'apache-2.0']
+        assert row.split() == ['videomamba_tiny_patch16_224.in1k', '76.9', '7.1', '1.6', '224×224', 'apache-2.0']
         assert not hub.requests
 
     def test_cached(self, hub, cache, capsys):
@@ -134,10 +147,31 @@ class TestList:
         assert rows['videomamba_tiny_patch16_224.in1k']['cached']
         assert not rows['videomamba_tiny_patch16_448.in1k']['cached']
 
-    def test_all(self, capsys):
-        assert main(['list', '--all', 'videomamba']) == 0
-        names = capsys.readouterr().out.split()
-        assert 'videomamba_tiny_patch16_224' in names and all('videomamba' in n for n in names)
+    def test_clips(self, hub, cache, capsys):
+        assert main(['list', 'videomamba_small_patch16_f64_384']) == 0
+        _, _, row = capsys.readouterr().out.splitlines()
+        assert row.split() == [
+            'videomamba_small_patch16_f64_384.k400', '82.7', '25.7', '1006.7', '64×384×384', 'apache-2.0']
+
+    def test_everything_is_known(self, hub, cache):
+        rows = [zoo.describe(name) for name in zoo.list_names(pretrained=True)]
+        assert len(rows) > 60
+        assert all(r['top1'] and r['params'] and r['gmacs'] and r['license'] and not r['cached'] for r in rows)
+
+    def test_all(self, hub, cache, capsys):
+        assert main(['list', '--all', 'stable']) == 0
+        _, _, *rows = capsys.readouterr().out.splitlines()
+        assert ['stablemamba_tiny_patch16_224', '77.4', '7.0', '1.5', '224×224'] in [r.split() for r in rows]
+        assert all(r.startswith('stable') for r in rows)
+
+    def test_closed_pipe(self, hub, cache, capsys, monkeypatch):
+        """As `| head` closes it: no complaint."""
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, 'w') as stdout:
+            monkeypatch.setattr(sys, 'stdout', stdout)
+            assert main(['list']) == 141
+        assert not capsys.readouterr().err
 
 
 class TestCommandLine:

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 
 import pytest
 import timm
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from timm_ssm.cli import main
 from timm_ssm.hub import checkpoints
 from timm_ssm.hub.convert import convert
+from timm_ssm.models._files import save_weights
 
 from ..models.utils import released_shapes, synthetic_checkpoint
-from .utils import released, small, to_bytes
+from .utils import Terminal, released, small, small_clips, to_bytes
 
 REPO, FILE = 'OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth'
 NAME = 'videomamba_tiny_patch16_224'
@@ -73,7 +75,7 @@ class TestConvert:
         loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
         assert loaded.global_pool == 'avg' and len(loaded.blocks) == 2 and loaded.in_chans == 1
         data = timm.data.resolve_data_config(model=loaded)
-        assert data['input_size'] == (1, 48, 48)
+        assert tuple(data['input_size']) == (1, 48, 48)
         assert (data['mean'], data['std'], data['crop_pct']) == ([.5], [.25], .9)
         assert loaded.pretrained_cfg['label_names'] == ['one', 'two', 'three']
 
@@ -83,6 +85,32 @@ class TestConvert:
         (tmp_path / 'out').mkdir()  # an empty folder is as good as none
         assert convert(str(path), tmp_path / 'out').name == NAME
         assert len(list((tmp_path / 'out').iterdir())) == 3
+
+    def test_clips(self, hub, cache, tmp_path):
+        hub.add('me/clips', {'weights.pth': to_bytes({'module': small_clips()})})
+        done = convert('me/clips', tmp_path / 'out')
+        assert done.name == 'videomamba_tiny_patch16_f8_224' and done.sure.startswith('certain')
+        config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+        assert config['num_classes'] == 7 and config['model_args'] == {'img_size': 32}
+        model = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
+        assert model(torch.randn(1, 3, 8, 32, 32)).shape == (1, 7)
+        assert 'pipeline_tag: video-classification' in (tmp_path / 'out' / 'README.md').read_text()
+
+    def test_nothing_is_left_if_the_result_differs(self, tmp_path, capsys, monkeypatch):
+        def save_others(tensors, path):
+            save_weights({k: v + .1 for k, v in tensors.items()}, path)
+
+        monkeypatch.setattr(sys.modules[convert.__module__], 'save_weights', save_others)
+        (tmp_path / 'x.pth').write_bytes(to_bytes(small()))
+        assert main(['convert', f'{tmp_path}/x.pth', f'{tmp_path}/out', '--model', NAME]) == 1
+        assert 'x.pth: the logits differ by' in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
+
+    def test_progress_on_a_terminal(self, tmp_path, monkeypatch):
+        (tmp_path / 'x.pth').write_bytes(to_bytes(small()))
+        monkeypatch.setattr(sys, 'stderr', Terminal())
+        convert(str(tmp_path / 'x.pth'), tmp_path / 'out', model=NAME)
+        assert all(step in sys.stderr.getvalue() for step in ('reading', 'running', 'writing', 'reloading', '6/6'))
 
     def test_a_taken_folder_stays(self, tmp_path, capsys):
         (tmp_path / 'x.pth').write_bytes(to_bytes(small()))

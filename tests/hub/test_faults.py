@@ -102,8 +102,12 @@ def test_private_repository(hub, cache, weights, content, monkeypatch):
 
 
 def test_server_error_then_success(hub, cache, weights, content):
+    """huggingface_hub tries again at first; in the download itself it does not, but the next call has what it needs."""
     hub.add(REPO, {FILE: content})
     hub.fail(FILE, method='HEAD', status=502, times=3)
+    hub.fail(FILE, status=503)
+    with pytest.raises(OSError, match=f'503[\\s\\S]*{REPO}/resolve/main/{FILE}'):
+        create()
     assert_right(create(), weights)
 
 

@@ -15,6 +15,7 @@ from timm.models import model_entrypoint
 from torch import nn
 from tqdm import tqdm
 
+from ..models.counted import COUNTED
 from ..models.published import PUBLISHED
 from .zoo import datasets, list_names, meta_model, num_frames
 
@@ -130,8 +131,9 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
         f'- **Input:** {content} of {size} pixels, {config["num_classes"]} classes',
         f'- **Paper:** {cfg["paper_name"]}, https://arxiv.org/abs/{paper_id}',
     ]
-    if published and published.gmacs:
-        details.insert(2, f'- **GMACs:** {published.gmacs}')
+    if name in COUNTED:
+        theirs = f'; {published.gmacs:g} as published' if published and published.gmacs else ''
+        details.insert(2, f'- **GMACs:** {COUNTED[name][1]:.2f}, counted in this implementation, scan included{theirs}')
     if trained_on:
         details.append(f'- **Trained on:** {", then ".join(trained_on)}')
     if cfg.get('origin_url'):

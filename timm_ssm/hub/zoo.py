@@ -2,8 +2,9 @@
 import contextlib
 import fnmatch
 import functools
+import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
+from ..models.counted import COUNTED
 from ..models.published import PUBLISHED, Published
 
 # what a pretrained tag says about the training data, by its parts
@@ -26,10 +28,20 @@ DATASETS = {
 }
 
 
-def list_names(filters: Optional[List[str]] = None, pretrained: bool = False) -> List[str]:
-    """Names of this package's models, or of their pretrained tags, that match one of the shell-style filters."""
+def list_names(
+        filters: Optional[List[str]] = None,
+        pretrained: bool = False,
+        include_tags: Optional[bool] = None,
+) -> List[str]:
+    """Names of this package's models that match one of the shell-style filters.
+
+    Args:
+        filters: Patterns; all names if none.
+        pretrained: Only those with pretrained weights.
+        include_tags: With their tags, each a name of its own; as pretrained if None.
+    """
     names = [
-        n for n in timm.list_models(pretrained=pretrained)
+        n for n in timm.list_models(pretrained=pretrained, include_tags=include_tags)
         if model_entrypoint(n.partition('.')[0]).__module__.startswith('timm_ssm.')]
     return [n for n in names if not filters or any(fnmatch.fnmatch(n, f) for f in filters)]
 
@@ -37,16 +49,19 @@ def list_names(filters: Optional[List[str]] = None, pretrained: bool = False) ->
 @functools.cache
 def meta_model(name: str, **kwargs) -> nn.Module:
     """The model without storage for its parameters; always the same one."""
-    kwargs['device'] = torch.device('meta')
-    try:
-        return timm.create_model(name, weight_init='skip', **kwargs)  # initialisation takes most of the time
-    except TypeError:  # not an argument of all families
-        return timm.create_model(name, **kwargs)
+    return timm.create_model(name, device=torch.device('meta'), **kwargs)
 
 
 def num_frames(model: nn.Module) -> int:
     """Frames of the clips that a model takes; 1 for images."""
     return getattr(getattr(model, 'patch_embed', None), 'num_frames', 1)
+
+
+def input_shape(name: str) -> Tuple[int, ...]:
+    """What a model or pretrained tag takes: (channels, height, width), or (channels, frames, height, width)."""
+    size = tuple(get_pretrained_cfg(name).input_size)
+    frames = re.search(r'_f(\d+)_', name)
+    return (size[0], int(frames[1]), *size[1:]) if frames else size
 
 
 def datasets(tag: str) -> List[str]:
@@ -65,17 +80,19 @@ def cached_file(name: str) -> Optional[Path]:
 
 
 def describe(name: str) -> Dict[str, Any]:
-    """A pretrained tag as a row of `timm-ssm list`."""
+    """A model with its tag as a row of `timm-ssm list`."""
     cfg = get_pretrained_cfg(name)
     published = PUBLISHED.get(name, Published(None, None, ''))
+    params, gmacs = COUNTED[name]
     return dict(
-        name=name,
+        name=name if cfg.has_weights else name.partition('.')[0],
         top1=published.top1,
-        params=sum(p.numel() for p in meta_model(name).parameters()),
-        gmacs=published.gmacs,
-        input_size=tuple(cfg.input_size),
+        params=params,
+        gmacs=gmacs,
+        published_gmacs=published.gmacs,
+        input_size=input_shape(name),
         license=cfg.license,
-        cached=cached_file(name) is not None,
+        cached=cfg.has_weights and cached_file(name) is not None,
     )
 
 

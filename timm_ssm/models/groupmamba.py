@@ -343,7 +343,8 @@ class GroupMamba(HierarchicalModel):
         self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head, self.head_dist = self._heads(**dd)
-        self.init_weights(needs_reset=False)
+        if not self.stem[0].weight.is_meta:  # there it would do nothing, and take most of the time
+            self.init_weights(needs_reset=False)
 
     def _heads(self, **dd) -> Tuple[nn.Module, Optional[nn.Module]]:
         head = nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
@@ -511,7 +512,7 @@ default_cfgs = generate_default_cfgs({
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Tiny', hf_hub_filename='groupmamba_tiny_ema.pth'),
     'groupmamba_small.in1k': _cfg(
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Small', hf_hub_filename='groupmamba_small_ema.pth'),
-    'groupmamba_base.in1k': _cfg(
+    'groupmamba_base.in1k': _cfg(  # the file's name is inferred from the other two
         hf_hub_id='Abdelrahman-shaker/GroupMamba-Base', hf_hub_filename='groupmamba_base_ema.pth'),
     'stable_groupmamba_small.untrained': _cfg(
         license=None, notes=None, origin_url=None, paper_ids='arXiv:2409.11867',

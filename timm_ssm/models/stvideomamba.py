@@ -133,7 +133,7 @@ class STVideoMamba(VideoMamba):
                 1, 1 + frames * self.patch_embed.num_patches, self.embed_dim, device=device, dtype=dtype))
 
         self.weight_init_mode = weight_init
-        if weight_init != 'skip':
+        if weight_init != 'skip' and not self.cls_token.is_meta:
             self.init_weights(needs_reset=False)
 
     def _resample_pos_embed(

@@ -173,7 +173,7 @@ class VideoMamba(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
-        if weight_init != 'skip':
+        if weight_init != 'skip' and not self.cls_token.is_meta:  # there it would do nothing, and take most of the time
             self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
