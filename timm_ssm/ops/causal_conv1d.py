@@ -192,15 +192,17 @@ class _CausalConv1d(torch.autograd.Function):
         flags, n, backend = config
         ctx.config = config
         ctx.save_for_backward(x, *parameters)
-        with below_autograd():
-            return tuple(_op(x, parameters[:n], parameters[n:], *flags, backend))
+        return tuple(run(
+            _op, _forward, (x, *parameters), x, parameters[:n], parameters[n:], *flags, backend))
 
     @staticmethod
     def backward(ctx, *grad_outs):
         refuse_second_derivative('causal_conv1d')
         x, *parameters = ctx.saved_tensors
         flags, n, backend = ctx.config
-        return None, *_op_backward(x, parameters[:n], parameters[n:], *flags, grad_outs, backend)
+        return None, *run(
+            _op_backward, _backward, (x, *parameters, *grad_outs), x, parameters[:n], parameters[n:], *flags, grad_outs,
+            backend)
 
 
 def _autograd(*args) -> List[torch.Tensor]:

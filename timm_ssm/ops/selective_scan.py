@@ -278,11 +278,12 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config, z, *tensors):
         n, has_D, has_bias, flags, backend = config
-        with below_autograd():
-            out, y, states = _op(*_SelectiveScan.lists(tensors, n, has_D, has_bias), z, *flags, True, backend)
+        lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
+        out, y, states = run(_op, _forward, (*tensors, z), *lists, z, *flags, True, backend)
         ctx.config = config
         ctx.save_for_backward(z, y, states, *tensors)
         ctx.mark_non_differentiable(y, states)
+        ctx.set_materialize_grads(False)  # no zeros for y and states
         return out, y, states
 
     @staticmethod
@@ -291,7 +292,8 @@ class _SelectiveScan(torch.autograd.Function):
         z, y, states, *tensors = ctx.saved_tensors
         n, has_D, has_bias, flags, backend = ctx.config
         lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
-        grads = _op_backward(*lists, z, *flags, grad_out, y, states, backend)
+        grads = run(
+            _op_backward, _backward, (*tensors, z, grad_out), *lists, z, *flags, grad_out, y, states, backend)
         if z is None:
             return None, None, *grads
         return None, grads[-1], *grads[:-1]
