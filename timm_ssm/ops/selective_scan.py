@@ -290,6 +290,8 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         refuse_second_derivative('selective_scan')
         z, y, states, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            return (None,) * (2 + len(tensors))
         n, has_D, has_bias, flags, backend = ctx.config
         lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
         grads = run(
