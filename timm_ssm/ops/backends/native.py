@@ -160,8 +160,8 @@ def scan_backward(
 
     batch, length, channels = grad_out.shape
     d_state, groups = call.A[0].shape[1], call.B[0].shape[2] if call.B[0].ndim == 4 else 1
-    # Channels share dB and dC: each part of them sums its own, and there are enough parts to keep many threads busy.
-    parts = max(1, min(16 // max(1, batch * groups), channels // groups // 32))
+    # Channels share dB and dC: each part of them sums its own. More parts keep more threads busy, and cost memory.
+    parts = max(1, min(6, 32 // max(1, batch * groups), channels // groups // 32))
     new = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros
     shape_B = (parts * batch, length, groups, d_state)
     grads = [[
