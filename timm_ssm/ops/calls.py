@@ -1,5 +1,5 @@
 """What a backend is asked to run: the arguments of one call of an op, already checked."""
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -31,16 +31,19 @@ class ScanCall(NamedTuple):
     residual: bool
     mask_diagonal: List[bool]
 
-    def new_states(self, save: bool) -> torch.Tensor:
+    def new_states(self) -> torch.Tensor:
         """An uninitialised tensor for the states before every STATE_STRIDE-th token in scan order:
-        (directions, B, ceil(L / STATE_STRIDE), D, N); empty if nothing is to be saved."""
+        (directions, B, ceil(L / STATE_STRIDE), D, N)."""
         u = self.u[0]
-        if not save:
-            return u.new_empty(0)
         dtype = acc_dtype(u.dtype)
         batch, length, channels = u.shape
         chunks = (length + STATE_STRIDE - 1) // STATE_STRIDE
         return u.new_empty((len(self.u), batch, chunks, channels, self.A[0].shape[1]), dtype=dtype)
+
+
+#: What a backend's scan_forward returns: out; y, the sum before the gate; states as `ScanCall.new_states`. The latter two
+#: are None unless the call is saved for a backward pass, y also where there is no gate.
+ScanResult = Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
 class ConvCall(NamedTuple):

@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .calls import STATE_STRIDE, ConvCall, ScanCall, acc_dtype
+from .calls import STATE_STRIDE, ConvCall, ScanCall, ScanResult, acc_dtype
 
 NAME = 'naive'
 
@@ -178,16 +178,16 @@ class _Direction:
         return hs
 
 
-def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `call`; see `ops.selective_scan` for what is returned."""
+def scan_forward(call: ScanCall, save: bool) -> ScanResult:
+    """Run `call`."""
     out = None
-    states = call.new_states(save)
+    states = call.new_states() if save else None
     for i in range(len(call.u)):
         d = _Direction(call, i)
         y = torch.empty(d.u.shape, dtype=d.acc, device=d.u.device)
         h = d.start()
         for s in range(0, d.length, STATE_STRIDE):
-            if save:
+            if states is not None:
                 states[i, :, s // STATE_STRIDE] = h.flatten(1, 2)
             u, _, _, _, C, decay, own = d.chunk(s)
             hs = d.states(h, decay, own)
@@ -199,8 +199,8 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
         out = y if out is None else out + y
     dtype = call.u[0].dtype
     if call.z is None:
-        return out.to(dtype), call.u[0].new_empty(0), states
-    y = out.to(dtype) if save else call.u[0].new_empty(0)
+        return out.to(dtype), None, states
+    y = out.to(dtype) if save else None
     return (out * F.silu(call.z.to(out.dtype))).to(dtype), y, states
 
 

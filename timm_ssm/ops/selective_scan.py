@@ -9,7 +9,7 @@ from timm.layers import register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose
-from .calls import ScanCall, acc_dtype
+from .calls import ScanCall, ScanResult, acc_dtype
 from .exportable import parallel_scan
 from .glue import autocast_dtype, below_autograd, exporting, needs_grad, parameter, refuse_second_derivative, run
 from .naive import selective_scan_naive
@@ -233,11 +233,16 @@ _lib.define(
     tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _forward(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out; y, the sum before the gate, if there is a gate and `save`; states as `ScanCall.new_states`, if `save`."""
+def _forward(*args) -> ScanResult:
     *call, save, backend = args
     call = ScanCall(*call)
     return choose(call, backend).scan_forward(call, save)
+
+
+def _forward_tensors(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_forward` with empty tensors for what is not there, which a schema cannot leave out."""
+    out, y, states = _forward(*args)
+    return out, out.new_empty(0) if y is None else y, out.new_empty(0) if states is None else states
 
 
 def _backward(*args) -> List[torch.Tensor]:
@@ -254,7 +259,7 @@ def _forward_fake(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     call = ScanCall(*call)
     u = call.u[0]
     y = u.new_empty(u.shape if save and call.z is not None else 0)
-    return u.new_empty(u.shape), y, call.new_states(save)
+    return u.new_empty(u.shape), y, call.new_states() if save else u.new_empty(0)
 
 
 def _backward_fake(*args) -> List[torch.Tensor]:
@@ -265,7 +270,7 @@ def _backward_fake(*args) -> List[torch.Tensor]:
     return [x.new_empty(x.shape) for x in tensors]
 
 
-_lib.impl('selective_scan', _forward, 'CompositeExplicitAutograd')
+_lib.impl('selective_scan', _forward_tensors, 'CompositeExplicitAutograd')
 _lib.impl('selective_scan_backward', _backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('timm_ssm::selective_scan', _forward_fake, lib=_lib)
 torch.library.register_fake('timm_ssm::selective_scan_backward', _backward_fake, lib=_lib)
@@ -279,7 +284,7 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx, config, z, *tensors):
         n, has_D, has_bias, flags, backend = config
         lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
-        out, y, states = run(_op, _forward, (*tensors, z), *lists, z, *flags, True, backend)
+        out, y, states = run(_op, _forward_tensors, (*tensors, z), *lists, z, *flags, True, backend)
         ctx.config = config
         ctx.save_for_backward(z, y, states, *tensors)
         ctx.mark_non_differentiable(y, states)

@@ -4,7 +4,7 @@ A backend is a module with
 
     unavailable() -> Optional[str]           why it cannot be used on this machine, None if it can
     refuses_scan(call: ScanCall) -> Optional[str]    why it cannot run this call, None if it can
-    scan_forward(call, save) -> (out, y, states)
+    scan_forward(call, save) -> ScanResult
     scan_backward(call, grad_out, y, states) -> (gradients of each direction, gradient of z)
     refuses_conv(call: ConvCall), conv_forward(call), conv_backward(call, grad_outs)
 

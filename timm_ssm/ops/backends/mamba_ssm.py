@@ -13,7 +13,7 @@ from typing import List, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 
-from ..calls import ConvCall, ScanCall
+from ..calls import ConvCall, ScanCall, ScanResult
 
 NAME = 'mamba_ssm'
 MAX_D_STATE = 256  # of the compiled kernels
@@ -100,17 +100,17 @@ def _scan_arguments(call: ScanCall, i: int) -> Tuple[Optional[torch.Tensor], ...
         call.delta_bias[i] if call.delta_bias else None)
 
 
-def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `call`; see `ops.selective_scan` for what is returned. The states stay unwritten."""
+def scan_forward(call: ScanCall, save: bool) -> ScanResult:
+    """Run `call`. The states stay unwritten."""
     y = None
     for i in range(len(call.u)):
         out = _scan_module().fwd(*_scan_arguments(call, i), call.delta_softplus)[0]
         out = _tokens_first(out, call.reverse[i])
         y = out if y is None else y + out
-    states = call.new_states(save)
+    states = call.new_states() if save else None
     if call.z is None:
-        return y, y.new_empty(0), states
-    return y * F.silu(call.z), y if save else y.new_empty(0), states
+        return y, None, states
+    return y * F.silu(call.z), y if save else None, states
 
 
 def scan_backward(

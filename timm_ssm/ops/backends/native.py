@@ -11,7 +11,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..calls import ConvCall, ScanCall, acc_dtype
+from ..calls import ConvCall, ScanCall, ScanResult, acc_dtype
 
 _LIBRARY = next(iter(sorted(Path(__file__).parent.glob('_native*.so'))), None)
 _lib, _reason = None, 'its C++ library was not built when the package was installed (no C++ compiler?)'
@@ -129,17 +129,17 @@ def _wide_scan(call: ScanCall) -> ScanCall:
     return call._replace(**lists, z=call.z if call.z is None else call.z.float())
 
 
-def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `call`; see `ops.selective_scan` for what is returned."""
+def scan_forward(call: ScanCall, save: bool) -> ScanResult:
+    """Run `call`."""
     u = call.u[0]
     if u.dtype != acc_dtype(u.dtype):
         out, y, states = scan_forward(_wide_scan(call), save)
-        return out.to(u.dtype), y.to(u.dtype), states
+        return out.to(u.dtype), y if y is None else y.to(u.dtype), states
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    y = torch.empty_like(out) if save and call.z is not None else out.new_empty(0)
-    states = call.new_states(save)
+    y = torch.empty_like(out) if save and call.z is not None else None
+    states = call.new_states() if save else None
     if out.numel():
-        _run_scan(_lib.timm_ssm_scan_forward, call, out, y if y.numel() else None, states if save else None)
+        _run_scan(_lib.timm_ssm_scan_forward, call, out, y, states)
     return out, y, states
 
 

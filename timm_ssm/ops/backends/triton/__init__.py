@@ -12,7 +12,7 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from ...calls import ConvCall, ScanCall
+from ...calls import ConvCall, ScanCall, ScanResult
 
 NAME = 'triton'
 MAX_D_STATE = 64  # the state lives in registers
@@ -53,8 +53,8 @@ def refuses_conv(call: ConvCall) -> Optional[str]:
     return _refuses(call.x)
 
 
-def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `call`; see `ops.selective_scan` for what is returned. A chunk's states are laid out (N, D)."""
+def scan_forward(call: ScanCall, save: bool) -> ScanResult:
+    """Run `call`. A chunk's states are laid out (N, D)."""
     from .forward import scan_forward
     return scan_forward(call, save)
 

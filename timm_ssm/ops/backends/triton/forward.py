@@ -1,11 +1,9 @@
 """The scan forward: sequential over tokens, parallel over batch and blocks of channels, the states in registers."""
-from typing import Tuple
 
-import torch
 import triton
 import triton.language as tl
 
-from ...calls import STATE_STRIDE, ScanCall
+from ...calls import STATE_STRIDE, ScanCall, ScanResult
 from .common import (
     LOG2E,
     alignment,
@@ -206,14 +204,14 @@ def enter(
         k += 1
 
 
-def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `call`: out; y, the sum before the gate, if there is a gate and `save`; states, if `save`."""
+def scan_forward(call: ScanCall, save: bool) -> ScanResult:
+    """Run `call`."""
     u, delta, B, C = directions(call.u), directions(call.delta), grouped(call.B), grouped(call.C)
     batch, length, channels = u[0].shape
     z = None if call.z is None else rows(call.z)
     out = u[0].new_empty(u[0].shape)
-    y = u[0].new_empty(u[0].shape if save and z is not None else 0)
-    states = call.new_states(save)
+    y = u[0].new_empty(u[0].shape) if save and z is not None else None
+    states = call.new_states() if save else None
     if out.numel() == 0:
         return out, y, states
 
@@ -231,7 +229,8 @@ def scan_forward(call: ScanCall, save: bool) -> Tuple[torch.Tensor, torch.Tensor
         shared = flags(call, p)
         for summary in (True, False) if split else (False,):
             _scan_forward[(batch * p.splits * p.blocks,)](
-                *u, *delta, *B, *C, z_, params, starts, sums, out, y, states,
+                *u, *delta, *B, *C, z_, params, starts, sums, out, out if y is None else y,
+                params if states is None else states,
                 batch, length, channels, p.per_group, p.blocks, p.splits, p.span, chunks,
                 *strides(u[0], 0, 1), *strides(delta[0], 0, 1), *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
                 *strides(z_, 0, 1),
