@@ -38,7 +38,9 @@ def speed_row(ours, theirs, size, batch, goal, stretch, seconds):
 
 def step_memory(how: str) -> int:
     """Bytes by which a training step's memory peaks above the model's, in a process of its own."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(timm_ssm.__file__).parents[1]), *sys.path]))
+    backend = '' if how == 'autograd' else how
+    path = os.pathsep.join([str(Path(timm_ssm.__file__).parents[1]), *sys.path])
+    env = dict(os.environ, TIMM_SSM_BACKEND=backend, PYTHONPATH=path)
     run = subprocess.run(
         [sys.executable, __file__, '--step', how], env=env, capture_output=True, text=True, check=True)
     return int(run.stdout)
@@ -59,8 +61,6 @@ def train_step(how: str) -> int:
             return tuple(naive.causal_conv1d_naive(x, weight[i], bias[i], reverse=i == 1) for i in (0, 1))
 
         bimamba.bidirectional_selective_scan, bimamba.bidirectional_causal_conv1d = both_scans, both_convs
-    else:
-        os.environ['TIMM_SSM_BACKEND'] = how
     model = timm.create_model('videomamba_tiny_patch16_224').train()
     x = torch.randn(8, 3, 224, 224)
     pages = int(Path('/proc/self/statm').read_text().split()[1])

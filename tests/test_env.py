@@ -21,7 +21,7 @@ def test_env_names_versions_and_every_backend():
 
 
 def test_slow_path_warns_once(monkeypatch):
-    monkeypatch.delenv('TIMM_SSM_BACKEND', raising=False)
+    monkeypatch.setattr(backends, 'FORCED', '')
     monkeypatch.setattr(backends, '_PREFERENCE', {'cpu': ('mamba_ssm', 'naive')})
     monkeypatch.setattr(backends, '_warned', False)
     inputs = scan_inputs(length=3)

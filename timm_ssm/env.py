@@ -3,13 +3,12 @@
     python -m timm_ssm.env
 """
 import importlib.metadata
-import os
 import platform
 from typing import Dict
 
 import torch
 
-from .ops.backends import backend_report
+from .ops.backends import FORCED, backend_report
 from .version import __version__
 
 PACKAGES = ('timm', 'triton', 'mamba_ssm', 'causal_conv1d')
@@ -45,9 +44,8 @@ def main() -> None:
         serves = ', '.join(d for d in entry['serves'] if d != 'cuda' or torch.cuda.is_available())
         print(f'{name:<14} {"available" if entry["available"] == "yes" else "not available: " + entry["available"]}'
               f'{"; serves " + serves if serves else ""}')
-    forced = os.environ.get('TIMM_SSM_BACKEND')
-    if forced:
-        print(f'TIMM_SSM_BACKEND={forced} takes the choice from them')
+    if FORCED:
+        print(f'TIMM_SSM_BACKEND={FORCED} takes the choice from them')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """What the ops are as PyTorch ops: parity, gradients, registration, autocast, errors, compilation, export, FLOPs."""
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ssm.ops import (
     backend_report,
+    backends,
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
@@ -150,7 +152,7 @@ def test_half_precision_parameters_are_lifted():
     (dict(delta=torch.randn(2, 36, 12)), r'delta: got shape \(2, 36, 12\), needs \(2, 37, 12\)'),
     (dict(delta=torch.randn(2, 37, 12).double()), 'delta: got dtype torch.float64, needs torch.float32 like u'),
     (dict(A=torch.randn(11, 16)), r'A: got shape \(11, 16\), needs \(12, d_state\)'),
-    (dict(A=torch.ones(12, 16, dtype=torch.int32)), 'A: got dtype torch.int32, needs a floating-point dtype'),
+    (dict(A=torch.ones(12, 16, dtype=torch.int32)), 'A: got dtype torch.int32, needs one of'),
     (dict(B=torch.randn(2, 37, 15)), r'B: got shape \(2, 37, 15\), needs \(2, 37, 16\) or'),
     (dict(B=torch.randn(2, 37, 5, 16)), r'B: got shape \(2, 37, 5, 16\), needs .* groups dividing the 12 channels'),
     (dict(C=torch.randn(2, 37, 2, 16)), r'C: got shape \(2, 37, 2, 16\), needs \(2, 37, 16\)'),
@@ -179,12 +181,16 @@ def test_conv_errors(args, message):
 
 def test_forced_backend(monkeypatch):
     inputs = scan_inputs()
-    monkeypatch.setenv('TIMM_SSM_BACKEND', 'none such')
+    monkeypatch.setattr(backends, 'FORCED', 'none such')
     with pytest.raises(ValueError, match='none such'):
         selective_scan(**inputs)
     selective_scan(**inputs, backend='naive')  # the argument wins
-    monkeypatch.setenv('TIMM_SSM_BACKEND', 'naive')
+    monkeypatch.setattr(backends, 'FORCED', 'naive')
     assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend='naive'))
+    out = subprocess.run(
+        [sys.executable, '-c', 'from timm_ssm.ops.backends import FORCED; print(FORCED)'], check=True,
+        capture_output=True, text=True, env=dict(os.environ, TIMM_SSM_BACKEND='naive'))
+    assert out.stdout == 'naive\n'
 
 
 def test_backend_report():

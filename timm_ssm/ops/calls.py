@@ -41,7 +41,7 @@ class ScanCall(NamedTuple):
         return u.new_empty((len(self.u), batch, chunks, channels, self.A[0].shape[1]), dtype=dtype)
 
 
-#: What a backend's scan_forward returns: out; y, the sum before the gate; states as `ScanCall.new_states`. The latter two
+#: What a backend's scan_forward returns: out; y, the sum before the gate; states as `ScanCall.new_states`. y and states
 #: are None unless the call is saved for a backward pass, y also where there is no gate.
 ScanResult = Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 

@@ -43,11 +43,11 @@ def _plain(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
         is_in_torch_dispatch_mode()
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd._profiler_enabled()
-        or any(type(x) not in _PLAIN for x in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:

@@ -171,19 +171,19 @@ def _fits(u, delta, A, B, C, D, z, delta_bias) -> bool:
     if len(shape) != 3 or dtype not in _FLOAT_DTYPES or A.ndim != 2:
         return False
     batch, length, channels = shape
-    d_state = A.shape[1]
+    d_state, vector = A.shape[1], (channels,)
     return (
-        delta.shape == shape and delta.dtype == dtype and delta.device == device
-        and A.shape[0] == channels and d_state > 0 and A.is_floating_point() and A.device == device
+        delta.shape == shape and delta.dtype is dtype and delta.device == device
+        and A.shape[0] == channels and d_state > 0 and A.dtype in _FLOAT_DTYPES and A.device == device
         and (B.shape == (batch, length, d_state)
              or (B.ndim == 4 and B.shape[:2] == shape[:2] and B.shape[3] == d_state and B.shape[2] > 0
                  and channels % B.shape[2] == 0))
-        and B.dtype == dtype and B.device == device
-        and C.shape == B.shape and C.dtype == dtype and C.device == device
-        and (D is None or (D.shape == (channels,) and D.is_floating_point() and D.device == device))
-        and (z is None or (z.shape == shape and z.dtype == dtype and z.device == device))
+        and B.dtype is dtype and B.device == device
+        and C.shape == B.shape and C.dtype is dtype and C.device == device
+        and (D is None or (D.shape == vector and D.dtype in _FLOAT_DTYPES and D.device == device))
+        and (z is None or (z.shape == shape and z.dtype is dtype and z.device == device))
         and (delta_bias is None or (
-            delta_bias.shape == (channels,) and delta_bias.is_floating_point() and delta_bias.device == device))
+            delta_bias.shape == vector and delta_bias.dtype in _FLOAT_DTYPES and delta_bias.device == device))
     )
 
 
@@ -211,8 +211,8 @@ def _misfit(u, delta, A, B, C, D, z, delta_bias) -> str:
             return f'{name}: got shape {tuple(x.shape)}, needs {needs[name]}'
         if name in ('delta', 'B', 'C', 'z') and x.dtype != u.dtype:
             return f'{name}: got dtype {x.dtype}, needs {u.dtype} like u'
-        if not x.is_floating_point():
-            return f'{name}: got dtype {x.dtype}, needs a floating-point dtype'
+        if x.dtype not in _FLOAT_DTYPES:
+            return f'{name}: got dtype {x.dtype}, needs one of {", ".join(map(str, _FLOAT_DTYPES))}'
         if x.device != u.device:
             return f'{name}: got device {x.device}, needs {u.device} like u'
     raise AssertionError('unreachable: the arguments fit')

@@ -31,6 +31,8 @@ _PREFERENCE = {
     'cpu': ('native', 'naive'),
     'cuda': ('triton', 'mamba_ssm', 'naive'),
 }
+#: The backend that the environment asks for, read once: looking there takes as long as all the rest of `choose`.
+FORCED = os.environ.get('TIMM_SSM_BACKEND', '')
 
 
 @functools.lru_cache(None)
@@ -46,31 +48,29 @@ def choose(call: Union[ScanCall, ConvCall], backend: str = '') -> ModuleType:
 
     Args:
         call: What is to be run.
-        backend: Name of the backend to use; empty to take the environment variable `TIMM_SSM_BACKEND` or, without it,
-            to choose by device.
+        backend: Name of the backend to use; empty to take `FORCED` or, where that is empty too, to choose by device.
 
     Raises:
         ValueError: The backend asked for does not exist.
         RuntimeError: The backend asked for cannot run here, or cannot run this call.
     """
-    asked_by = 'backend'
-    if not backend and 'TIMM_SSM_BACKEND' in os.environ:
-        backend, asked_by = os.environ['TIMM_SSM_BACKEND'], 'TIMM_SSM_BACKEND'
-    if backend:
-        module = backend_module(backend)
+    if backend or FORCED:
+        module = backend_module(backend or FORCED)
         reason = _refusal(module, call)
         if reason:
-            raise RuntimeError(f'{asked_by}={backend} cannot serve this call: {reason}')
+            asked_by = f'backend={backend}' if backend else f'TIMM_SSM_BACKEND={FORCED}'
+            raise RuntimeError(f'{asked_by} cannot serve this call: {reason}')
         return module
     device = (call.u[0] if isinstance(call, ScanCall) else call.x).device
     refusals = {}
     for name in _PREFERENCE.get(device.type, ('naive',)):
         module = backend_module(name)
-        refusals[name] = _refusal(module, call)
-        if not refusals[name]:
+        reason = _refusal(module, call)
+        if not reason:
             if name == 'naive':
                 _warn_if_slow(call, refusals)
             return module
+        refusals[name] = reason
     raise AssertionError('unreachable: the naive backend runs every call')
 
 
@@ -79,13 +79,13 @@ SLOW = 1 << 24
 _warned = False
 
 
-def _warn_if_slow(call: Union[ScanCall, ConvCall], refusals: Dict[str, Optional[str]]) -> None:
+def _warn_if_slow(call: Union[ScanCall, ConvCall], refusals: Dict[str, str]) -> None:
     """Say once per process that a large scan runs on the slow path, why, and what to do."""
     global _warned
     if _warned or isinstance(call, ConvCall) or len(call.u) * call.u[0].numel() * call.A[0].shape[1] < SLOW:
         return
     _warned = True
-    reasons = ''.join(f'\n  {name}: {reason}' for name, reason in refusals.items() if reason)
+    reasons = ''.join(f'\n  {name}: {reason}' for name, reason in refusals.items())
     warnings.warn(
         f'the selective scan of a large model runs on {call.u[0].device} in plain PyTorch, which is slow.{reasons}\n'
         'See `python -m timm_ssm.env` for what can run here; with a GPU, install triton; on a CPU, reinstall timm-ssm '

@@ -79,12 +79,12 @@ def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, 
         x = x.contiguous()
         alive.append(x)
         stride = x.stride()
-    return (x.data_ptr(), *stride[:3])
+    return x.data_ptr(), stride[0], stride[1], stride[2]
 
 
 def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]) -> None:
     threads = 1 if _forked else torch.get_num_threads()
-    if function(struct.pack(f'{3 + len(fields)}q', _isa, threads, dtype == torch.float64, *fields)):
+    if function(struct.pack(f'{3 + len(fields)}q', _isa, threads, dtype is torch.float64, *fields)):
         raise MemoryError('native: no memory left')
 
 
