@@ -107,6 +107,8 @@ def report(name: str, rows: List[Row], **extra: str) -> None:
     ax.barh([row.name for row in judged], scores, color=['tab:red' if s < 1 else 'tab:blue' for s in scores])
     ax.bar_label(ax.containers[0], [f'{row.value:.3g}' for row in judged], padding=3, fontsize=8)
     ax.axvline(1, color='black', linewidth=.8)
+    ax.set_xscale('log')
+    ax.margins(x=.1, y=.01)
     ax.set_xlabel('measured / goal (inverted where less is better)')
     ax.set_title(f'{name}: {env["cpu"]}, {env["threads"]} threads, torch {env["torch"]}', fontsize=9)
     ax.tick_params(labelsize=8)
