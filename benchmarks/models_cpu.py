@@ -2,7 +2,8 @@
 
     python benchmarks/models_cpu.py [--seconds 20]
 
-Ratios of median images/s, the models timed in turns. The machine should be idle.
+Ratios of median images/s, the models timed in turns, once with an allocator that keeps freed memory and once with the
+system's. The machine should be idle.
 """
 import argparse
 import os
@@ -10,6 +11,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterator, List
 
 import timm
 import torch
@@ -27,27 +29,43 @@ PAIRS = [
 ]
 
 
-def speed_row(ours, theirs, size, batch, goal, stretch, seconds):
-    x = torch.randn(batch, 3, size, size)
-    models = {name: timm.create_model(name, img_size=size).eval() for name in (ours, theirs)}
-    with torch.inference_mode():
-        t = time_in_turns({name: lambda model=model: model(x) for name, model in models.items()}, seconds)
-    return Row(f'{ours} / {theirs}, {size} x {size}, batch {batch}', t[theirs] / t[ours], goal, stretch,
-               detail=f'{batch / t[ours]:.1f} against {batch / t[theirs]:.1f} images/s')
+#: The GNU C library returns freed memory to the system, or not, depending on what a process did before; getting it back can
+#: take as long as the computation. With these it keeps it, as jemalloc and tcmalloc do.
+KEEP_MEMORY = {'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_MMAP_THRESHOLD_': '4000000000'}
 
 
-def step_memory(how: str) -> int:
-    """Bytes by which a training step's memory peaks above the model's, in a process of its own."""
-    backend = '' if how == 'autograd' else how
+def run_alone(*args: object, **env: str) -> List[float]:
+    """The numbers that this script prints for `args`, in a process of its own."""
     path = os.pathsep.join([str(Path(timm_ssm.__file__).parents[1]), *sys.path])
-    env = dict(os.environ, TIMM_SSM_BACKEND=backend, PYTHONPATH=path)
     run = subprocess.run(
-        [sys.executable, __file__, '--step', how], env=env, capture_output=True, text=True, check=True)
-    return int(run.stdout)
+        [sys.executable, __file__, *map(str, args)], env=dict(os.environ, PYTHONPATH=path, **env),
+        stdout=subprocess.PIPE, text=True, check=True)
+    return [float(word) for word in run.stdout.split()]
+
+
+def time_pair(index: int, seconds: float) -> List[float]:
+    """Seconds that our model and timm's take for a batch."""
+    *names, size, batch, _, _ = PAIRS[index]
+    x = torch.randn(batch, 3, size, size)
+    models = {name: timm.create_model(name, img_size=size).eval() for name in names}
+    with torch.inference_mode():
+        times = time_in_turns({name: lambda model=model: model(x) for name, model in models.items()}, seconds)
+    return [times[name] for name in names]
+
+
+def speed_rows(seconds: float) -> Iterator[Row]:
+    for index, (ours, theirs, size, batch, goal, stretch) in enumerate(PAIRS):
+        for title, env in (('', KEEP_MEMORY), (', default malloc', {})):
+            t_ours, t_theirs = run_alone('--pair', index, '--seconds', seconds, **env)
+            yield Row(f'{ours} / {theirs}, {size} x {size}, batch {batch}{title}', t_theirs / t_ours, goal, stretch,
+                      detail=f'{batch / t_ours:.1f} against {batch / t_theirs:.1f} images/s')
 
 
 def train_step(how: str) -> int:
-    """`how`: a backend's name, or 'autograd' for the specification with gradients left to autograd."""
+    """Bytes by which a training step's memory peaks above the model's.
+
+    `how`: a backend's name, or 'autograd' for the specification with gradients left to autograd.
+    """
     from timm_ssm.layers import bimamba
     from timm_ssm.ops import naive
 
@@ -69,7 +87,11 @@ def train_step(how: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before  # ru_maxrss is in KiB on Linux
 
 
-def memory_rows():
+def step_memory(how: str) -> float:
+    return run_alone('--step', how, TIMM_SSM_BACKEND='' if how == 'autograd' else how)[0]
+
+
+def memory_rows() -> Iterator[Row]:
     if not Path('/proc/self/statm').exists():
         print('no /proc/self/statm: cannot measure memory')
         return
@@ -83,12 +105,15 @@ def memory_rows():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seconds', type=float, default=20., help='time to spend on each pair of models')
-    parser.add_argument('--step', help=argparse.SUPPRESS)  # a process of its own: print the memory of one step
+    parser.add_argument('--pair', type=int, help=argparse.SUPPRESS)  # print one comparison's times
+    parser.add_argument('--step', help=argparse.SUPPRESS)  # print one step's memory
     args = parser.parse_args()
-    if args.step:
+    if args.pair is not None:
+        print(*time_pair(args.pair, args.seconds))
+    elif args.step:
         print(train_step(args.step))
-        return
-    report('models_cpu', [*(speed_row(*pair, args.seconds) for pair in PAIRS), *memory_rows()])
+    else:
+        report('models_cpu', [*speed_rows(args.seconds), *memory_rows()])
 
 
 if __name__ == '__main__':
