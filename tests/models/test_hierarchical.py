@@ -33,8 +33,9 @@ def test_build_on_meta(name):
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     assert [c.out_features for c in classifiers] == [1000] * len(classifiers) and cfg.num_classes == 1000
     assert [f['reduction'] for f in model.feature_info] == [4, 8, 16, 32]
+    x = torch.empty(1, *cfg.input_size, device='meta')
     with torch.no_grad():
-        maps = model.eval().forward_intermediates(torch.empty(1, *cfg.input_size, device='meta'), intermediates_only=True)
+        maps = model.eval().forward_intermediates(x, intermediates_only=True)
     side = cfg.input_size[-1]
     assert [tuple(m.shape) for m in maps] == [
         (1, f['num_chs'], side // f['reduction'], side // f['reduction']) for f in model.feature_info]

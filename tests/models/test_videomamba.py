@@ -152,7 +152,7 @@ def test_checkpoint_of_as_many_patches_in_another_grid(tmp_path):
 
 def test_checkpoint_of_a_rectangle(tmp_path):
     source = small(img_size=(32, 64))
-    with pytest.raises(ValueError, match='checkpoint: pos_embed has 32 patches, needs 6 x 6 or those of a square image'):
+    with pytest.raises(ValueError, match='checkpoint: pos_embed has 32 patches, needs 6 x 6 or those of a square'):
         checkpoint_filter_fn(source.state_dict(), small(img_size=48))
     save_for_hf(source, tmp_path, model_args={**SMALL, 'img_size': (32, 64)}, safe_serialization=True)
     if hasattr(source, 'pretrained_model_args'):  # timm 1.0.31

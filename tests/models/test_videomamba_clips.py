@@ -109,7 +109,7 @@ def test_checkpoint_of_other_tubelets(tubelet_size, tmp_path):
     """One frame is inflated, several are not resampled."""
     torch.save(clip_model(tubelet_size=2).state_dict(), tmp_path / 'clip.pth')
     overlay = dict(file=str(tmp_path / 'clip.pth'), num_classes=7)
-    with pytest.raises(ValueError, match=f"have 2 frames, the model's {tubelet_size}; build the model with tubelet_size=2"):
+    with pytest.raises(ValueError, match=f"have 2 frames, the model's {tubelet_size}; .* tubelet_size=2"):
         clip_model(tubelet_size=tubelet_size, pretrained=True, pretrained_cfg_overlay=overlay)
     image_like = clip_model(tubelet_size=1)
     inflated = loaded(image_like.state_dict(), tubelet_size=4)
