@@ -38,11 +38,15 @@ published figures leave operations out; the column *same operations* counts ours
 {left_out}
 
 StableMamba's depths and MLP ratios are not published: those here match its parameters, and its multiply-accumulates,
-counted alike, come out up to 11 % above the published ones. For all other models the difference is below 5 %.
+counted alike, come out up to 11 % above the published ones. Wherever else there is a published figure, the difference
+is below 5 %.
 
 Top-1 accuracies, in per cent, are those published by the authors named; none is measured here. For clips they are
 averages over several views, so that a prediction costs several times the GMACs of the table. A dash: not published.
 Where no weights are public, there are none under *weights*.
+
+MambaVision's weights are under the NVIDIA Source Code License-NC: for non-commercial use only. GroupMamba's are MIT by
+their repositories' metadata and non-commercial by their model cards' text. VideoMamba's and Vim's are Apache-2.0.
 
 '''
 COLUMNS = [

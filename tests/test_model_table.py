@@ -3,47 +3,46 @@ import timm
 
 from benchmarks import model_table
 from timm_ssm.hub.zoo import input_shape, list_names
-from timm_ssm.models.counted import COUNTED
 from timm_ssm.models.published import PARAMS, PUBLISHED
 
 COMPARABLE = [n for n, p in PUBLISHED.items() if p.gmacs]
 
 
-@pytest.mark.parametrize('name', COMPARABLE)
-def test_counts_agree_with_the_published_ones(name):
-    """Parameters within the rounding of the published figure or 2.5 %, GMACs of the same operations within 5 %.
-
-    StableMamba's depth and MLP ratio are a reconstruction that matches its parameters, not its GMACs.
-    """
-    row = model_table.row(name)
-    params = row['published_params']
-    assert row['params'] / 1e6 == pytest.approx(params, rel=.025, abs=.5 if params == int(params) else 0)
-    assert row['same_gmacs'] == pytest.approx(row['published'].gmacs, rel=.12 if name.startswith('stable') else .05)
-    assert row['same_gmacs'] <= row['gmacs']
-    assert_written(row)
+@pytest.fixture(scope='module')
+def rows():
+    """Every model with every tag, built on the meta device and counted."""
+    return {n: model_table.row(n) for n in list_names(include_tags=True)}
 
 
-@pytest.mark.parametrize('name', [
-    'videomamba_tiny_patch16_f64_224.breakfast', 'videomambapro_tiny_patch16_224.untrained', 'groupmamba_tiny.in1k',
-    'vim_tiny_patch16_stride8_224.in1k', 'stvideomamba_tiny_patch16_f16_224.untrained'])
-def test_counts_where_nothing_is_published(name):
-    assert_written(model_table.row(name))
+def test_what_is_written_is_what_is_counted(rows):
+    """If not: python benchmarks/model_table.py"""
+    assert model_table.document(list(rows.values())) == model_table.DOCUMENT.read_text(encoding='utf-8')
+    assert model_table.counted(list(rows.values())) == model_table.COUNTED.read_text(encoding='utf-8')
 
 
-def assert_written(row):
-    """The document and the module hold the row as it is counted now; if not: python benchmarks/model_table.py"""
-    assert f'| {" | ".join(model_table.cells(row))} |\n' in model_table.DOCUMENT.read_text(encoding='utf-8')
-    assert COUNTED[row['name']] == model_table.counts(row)
-
-
-def test_every_model_is_in_the_table():
-    text = model_table.DOCUMENT.read_text()
-    names = list_names(include_tags=True)
-    assert set(PUBLISHED) <= set(names)
-    assert all(f'| `{n.partition(".")[0]}` |' in text for n in names)
-    assert text.count('\n| `') == len(names)
-    assert list(COUNTED) == names
+def test_every_model_is_in_the_table(rows):
+    modules = ['videomamba', 'stablemamba', 'videomambapro', 'stvideomamba', 'vim', 'mambavision', 'groupmamba']
+    assert {r['architecture'] for r in rows.values()} == set(timm.list_models(module=modules))
+    assert set(PUBLISHED) <= set(rows)
     assert all(timm.list_models(f'{beginning}*') for beginning in PARAMS)
+
+
+def test_parameters_agree_with_the_published_ones(rows):
+    """To within the rounding of the published figure or 2.5 %; one model has none."""
+    assert [n for n, r in rows.items() if not r['published_params']] == ['stvideomamba_tiny_patch16_f16_224.untrained']
+    for name, r in rows.items():
+        if published := r['published_params']:
+            rounding = .5 if published == int(published) else 0
+            assert r['params'] / 1e6 == pytest.approx(published, rel=.025, abs=rounding), name
+
+
+@pytest.mark.parametrize('name', COMPARABLE)
+def test_gmacs_agree_with_the_published_ones(name, rows):
+    """Within 5 %, counting the same operations; StableMamba's layout is a reconstruction that fits its parameters."""
+    r = rows[name]
+    tolerance = .115 if name.startswith('stablemamba') else .05
+    assert r['same_gmacs'] == pytest.approx(r['published'].gmacs, rel=tolerance)
+    assert r['same_gmacs'] <= r['gmacs']
 
 
 def test_parts_of_the_count():

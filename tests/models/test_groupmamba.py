@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
 from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
@@ -291,6 +292,8 @@ def test_features():
         torch.testing.assert_close(normed[3], model.norm(maps[3]))
         nhwc = model.forward_intermediates(x, indices=[1], output_fmt='NHWC', intermediates_only=True)
         assert torch.equal(nhwc[0].permute(0, 3, 1, 2), maps[1])
+        getter = FeatureGetterNet(copy.deepcopy(model), out_indices=(1, 3), output_fmt='NHWC', norm=True)
+        torch.testing.assert_close(getter(x), [normed[i].permute(0, 2, 3, 1) for i in (1, 3)])
         backbone = small(features_only=True).eval()  # the same values: small() fixes the seed
         assert backbone.feature_info.channels() == [16, 32, 48, 64]
         assert backbone.feature_info.reduction() == [4, 8, 16, 32]

@@ -138,6 +138,35 @@ def test_features_and_sizes(name):
 
 
 @pytest.mark.parametrize('name', [n for n in ONE_OF_EACH if frames(n)])
+def test_wrong_clips(name):
+    """Images and clips of other frame counts are refused in words, by every family that takes clips."""
+    model = tiny(name)
+    with pytest.raises(AssertionError, match=r'x: got 4 dimensions, needs clips \(batch, channels, frames, height'):
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(AssertionError, match=f'x: got 6 frames, needs num_frames {frames(name)}'):
+        model(torch.randn(1, 3, 6, 32, 32))
+
+
+@pytest.mark.parametrize('name', [n for n in ONE_OF_EACH if frames(n)])
+def test_other_clips_than_the_checkpoints(name, tmp_path):
+    """Twice the frames and another size, from a file: what is neither time nor place is the checkpoint's."""
+    source = tiny(name, patch_size=8)
+    torch.save(source.state_dict(), tmp_path / 'clip.pth')
+    overlay = dict(file=str(tmp_path / 'clip.pth'), num_classes=5)
+    longer = tiny(name, patch_size=8, num_frames=2 * frames(name), pretrained=True, pretrained_cfg_overlay=overlay)
+    larger = tiny(name, patch_size=8, img_size=48, pretrained=True, pretrained_cfg_overlay=overlay)
+    for model, size in ((longer, 32), (larger, 48)):
+        state = model.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items() if 'pos_embed' not in k)
+        assert model(torch.randn(1, 3, model.patch_embed.num_frames, size, size)).shape == (1, 5)
+    source.set_input_size(48)
+    assert torch.equal(larger.pos_embed, source.pos_embed)
+    if longer.temporal_pos_embed is not None:
+        assert longer.temporal_pos_embed.shape[1] == 2 * source.temporal_pos_embed.shape[1]
+        assert torch.equal(larger.temporal_pos_embed, source.temporal_pos_embed)
+
+
+@pytest.mark.parametrize('name', [n for n in ONE_OF_EACH if frames(n)])
 def test_image_weights_in_every_clip_family(name, tmp_path):
     """A new head, and where embeddings are VideoMamba's the tokens of a still clip are those of the image."""
     family = name.partition('_')[0]

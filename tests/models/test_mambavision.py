@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save as save_safetensors
 from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
@@ -257,6 +258,8 @@ def test_features():
         assert not torch.allclose(maps[3], final) and torch.equal(normed[2], maps[2])
         nhwc = model.forward_intermediates(x, indices=[1], output_fmt='NHWC', intermediates_only=True)
         assert torch.equal(nhwc[0].permute(0, 3, 1, 2), maps[1])
+        getter = FeatureGetterNet(copy.deepcopy(model), out_indices=(1, 3), output_fmt='NHWC', norm=True)
+        torch.testing.assert_close(getter(x), [normed[i].permute(0, 2, 3, 1) for i in (1, 3)])
         backbone = small(features_only=True).eval()  # the same values: small() fixes the seed
         assert backbone.feature_info.channels() == [16, 32, 64, 128]
         assert backbone.feature_info.reduction() == [4, 8, 16, 32]

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
@@ -156,6 +157,25 @@ def test_own_checkpoint_of_other_sizes():
     assert torch.equal(larger.pos_embed, source.pos_embed)
     by_frame = larger.pos_embed[0, 1:, 0].unflatten(0, (3, 64)).mean(1)
     torch.testing.assert_close(by_frame, torch.tensor([1.5, 11.5, 21.5]), rtol=0, atol=.1)
+
+
+def test_frames_and_image_size_told_apart(tmp_path):
+    """4 frames of 4 x 4 patches are as many as 1 frame of 8 x 8: what is known of the checkpoint decides, or no one."""
+    source = small(num_frames=8)
+    frame = torch.arange(4.).repeat_interleave(16)
+    with torch.no_grad():
+        source.pos_embed[:, 1:] = frame[:, None]
+    model = small(num_frames=8, img_size=64)
+    with pytest.raises(ValueError, match=r'pos_embed has 64 patches.* could be both: .*input_size'):
+        checkpoint_filter_fn(source.state_dict(), model)
+    torch.save(source.state_dict(), tmp_path / 'own.pth')
+    overlay = dict(file=str(tmp_path / 'own.pth'), num_classes=7, input_size=(3, 32, 32))
+    told = small(num_frames=8, img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(told.pos_embed[0, 1:, 0], torch.arange(4.).repeat_interleave(64))
+    save_for_hf(source, tmp_path / 'hub', model_args=dict(**SMALL, num_frames=8, depth=3), safe_serialization=True)
+    if hasattr(source, 'pretrained_model_args'):  # timm 1.0.31: frame count and size may both change
+        both = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True, num_frames=4, img_size=64)
+        torch.testing.assert_close(both.pos_embed[0, 1:, 0], torch.tensor([.5, 2.5]).repeat_interleave(64))
 
 
 def test_refused():

@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
@@ -130,6 +130,35 @@ def test_same_token_count_other_grid():
     x = torch.randn(1, 3, 16, 64)
     with torch.no_grad():
         torch.testing.assert_close(dynamic(x), model.eval()(x))
+
+
+def test_checkpoint_of_as_many_patches_in_another_grid(tmp_path):
+    """4 x 4 to 2 x 8 patches: the authors' are of squares, ours of what was published with them, or of the model's."""
+    _, weights, _ = load_reference('videomamba_image')
+    want = small()
+    want.load_state_dict(checkpoint_filter_fn(weights, want), strict=True)
+    square = copy.deepcopy(want)
+    want.set_input_size((16, 64))
+    model = small(img_size=(16, 64))
+    assert torch.equal(checkpoint_filter_fn(weights, model)['pos_embed'], want.pos_embed)
+    assert torch.equal(checkpoint_filter_fn(want.state_dict(), model)['pos_embed'], want.pos_embed)
+    for name, source in (('square', square), ('wide', want)):
+        args = {**SMALL, 'img_size': source.patch_embed.img_size}
+        save_for_hf(source, tmp_path / name, model_args=args, safe_serialization=True)
+        if hasattr(source, 'pretrained_model_args'):  # timm 1.0.31
+            published = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True, img_size=(16, 64))
+            assert torch.equal(published.pos_embed, want.pos_embed), name
+
+
+def test_checkpoint_of_a_rectangle(tmp_path):
+    source = small(img_size=(32, 64))
+    with pytest.raises(ValueError, match='checkpoint: pos_embed has 32 patches, needs 6 x 6 or those of a square'):
+        checkpoint_filter_fn(source.state_dict(), small(img_size=48))
+    save_for_hf(source, tmp_path, model_args={**SMALL, 'img_size': (32, 64)}, safe_serialization=True)
+    if hasattr(source, 'pretrained_model_args'):  # timm 1.0.31
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=48)
+        source.set_input_size(48)
+        assert torch.equal(loaded.pos_embed, source.pos_embed)
 
 
 def test_patch_size_and_overlap():

@@ -104,11 +104,28 @@ def test_other_input_channels(tmp_path):
     torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1, -1)))
 
 
-def test_refused_checkpoints():
+@pytest.mark.parametrize('tubelet_size', [1, 4])
+def test_checkpoint_of_other_tubelets(tubelet_size, tmp_path):
+    """One frame is inflated, several are not resampled."""
+    torch.save(clip_model(tubelet_size=2).state_dict(), tmp_path / 'clip.pth')
+    overlay = dict(file=str(tmp_path / 'clip.pth'), num_classes=7)
+    with pytest.raises(ValueError, match=f"have 2 frames, the model's {tubelet_size}; .* tubelet_size=2"):
+        clip_model(tubelet_size=tubelet_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    image_like = clip_model(tubelet_size=1)
+    inflated = loaded(image_like.state_dict(), tubelet_size=4)
+    kernel = image_like.patch_embed.proj.weight
+    torch.testing.assert_close(inflated.patch_embed.proj.weight, torch.cat([kernel * (t == 2) for t in range(4)], 2))
+
+
+def test_refused_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="inflation: got 'middle', needs 'center' or 'mean'"):
         checkpoint_filter_fn(image_model().state_dict(), clip_model(), inflation='middle')
-    with pytest.raises(ValueError, match='checkpoint: it is of a clip model'):
-        checkpoint_filter_fn(clip_model().state_dict(), image_model())
+    torch.save(clip_model().state_dict(), tmp_path / 'clip.pth')
+    overlay = dict(file=str(tmp_path / 'clip.pth'), num_classes=7)
+    with pytest.raises(ValueError, match=r'cannot load .*clip\.pth: checkpoint: it is of a clip model'):
+        image_model(pretrained=True, pretrained_cfg_overlay=overlay)
+    with pytest.raises(ValueError, match=r"cannot load .*clip\.pth: inflation: got 'middle'"):
+        clip_model(pretrained=True, pretrained_cfg_overlay=overlay, inflation='middle')
 
 
 # Other frame counts and sizes
@@ -183,14 +200,17 @@ def test_registry():
         cfg = timm.get_pretrained_cfg(name)
         arch, tag = name.split('.')
         frames, img_size = arch.split('_')[3:]
+        size = dict(tiny='t16', small='s16', middle='m16')[arch.split('_')[1]]
+        trained_at = img_size if img_size == '224' else f'224to{img_size}'
         assert cfg.hf_hub_id == 'OpenGVLab/VideoMamba'
-        assert f'_{tag}_{frames}_res' in cfg.hf_hub_filename and cfg.hf_hub_filename.endswith(f'{img_size}.pth')
+        assert cfg.hf_hub_filename == f'videomamba_{size}_{tag}_{frames}_res{trained_at}.pth'
         assert cfg.num_classes == classes[tag.partition('_')[0]] and cfg.input_size == (3, int(img_size), int(img_size))
         model = timm.create_model(name, device='meta', depth=1)
         assert model.patch_embed.num_frames == int(frames[1:]) and model.patch_embed.img_size == cfg.input_size[1:]
 
 
-def test_authors_names():
-    with pytest.warns(UserWarning, match='videomamba_small_patch16_224'):
-        model = timm.create_model('videomamba_small', num_frames=8, depth=1, device='meta')
-    assert model.embed_dim == 384 and model.patch_embed.is_clip
+@pytest.mark.parametrize('size, embed_dim', [('tiny', 192), ('small', 384), ('middle', 576), ('base', 768)])
+def test_authors_names(size, embed_dim):
+    with pytest.warns(UserWarning, match=f'videomamba_{size} to current videomamba_{size}_patch16_224'):
+        model = timm.create_model(f'videomamba_{size}', num_frames=8, depth=1, device='meta')
+    assert model.embed_dim == embed_dim and model.patch_embed.is_clip

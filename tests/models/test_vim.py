@@ -64,10 +64,14 @@ def test_own_checkpoint_keeps_its_rows():
     assert torch.equal(again.pos_embed, model.pos_embed)
 
 
-@pytest.mark.parametrize('size, params', [('tiny', 7_148_008), ('small', 25_796_584)])
+@pytest.mark.parametrize('size, params', [('tiny', 7_148_008), ('small', 25_796_584), ('base', 97_598_440)])
 def test_released_names_and_sizes(size, params):
+    """Vim-B's names are VideoMamba-B's, as those of the two smaller sizes are."""
+    shapes = released_shapes()
+    assert shapes['vim_small_224'] == shapes['videomamba_small_224']
     model = timm.create_model(f'vim_{size}_patch16_224', device='meta')
-    released = {k: torch.empty(s, device='meta') for k, s in released_shapes()[f'vim_{size}_224'].items()}
+    family = 'videomamba' if size == 'base' else 'vim'
+    released = {k: torch.empty(s, device='meta') for k, s in shapes[f'{family}_{size}_224'].items()}
     model.load_state_dict(checkpoint_filter_fn(released, model), strict=True, assign=True)
     assert sum(p.numel() for p in model.parameters()) == params
 
@@ -78,9 +82,29 @@ def test_overlapping_patches():
     assert model.forward_features(torch.randn(1, 3, 224, 224)).shape == (1, 27 * 27 + 1, 192)
 
 
-def test_authors_names():
-    name = 'vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
-    with pytest.warns(UserWarning, match='vim_tiny_patch16_stride8_224'):
-        model = timm.create_model(name, depth=1, device='meta')
-    assert model.patch_embed.stride == (8, 8)
-    assert name not in timm.list_models('vim_*')
+def test_tags():
+    files = {
+        'vim_tiny_patch16_224': ('tiny', 'vim_t_midclstok_76p1acc.pth'),
+        'vim_tiny_patch16_stride8_224': ('tiny', 'vim_t_midclstok_ft_78p3acc.pth'),
+        'vim_small_patch16_224': ('small', 'vim_s_midclstok_80p5acc.pth'),
+        'vim_small_patch16_stride8_224': ('small', 'vim_s_midclstok_ft_81p6acc.pth'),
+        'vim_base_patch16_224': ('base', 'vim_b_midclstok_81p9acc.pth'),
+    }
+    assert set(timm.list_models('vim_*', pretrained=True)) == {f'{n}.in1k' for n in files}
+    for name, (size, file) in files.items():
+        cfg = timm.get_pretrained_cfg(name)
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (f'hustvl/Vim-{size}-midclstok', file)
+        assert cfg.license == 'apache-2.0' and cfg.num_classes == 1000 and cfg.input_size == (3, 224, 224)
+
+
+@pytest.mark.parametrize('name', [
+    'vim_tiny_patch16_224', 'vim_tiny_patch16_stride8_224', 'vim_small_patch16_224', 'vim_small_patch16_stride8_224',
+    'vim_base_patch16_224'])
+def test_authors_names(name):
+    token = 'middle_cls_token' if 'base' in name else 'midclstok'
+    theirs = f'{name}_bimambav2_final_pool_mean_abs_pos_embed_with_{token}_div2'
+    with pytest.warns(UserWarning, match=f'to current {name}'):
+        model = timm.create_model(theirs, depth=1, device='meta')
+    assert model.embed_dim == dict(tiny=192, small=384, base=768)[name.split('_')[1]]
+    assert model.patch_embed.stride == ((8, 8) if 'stride8' in name else (16, 16))
+    assert theirs not in timm.list_models('vim_*')

@@ -10,7 +10,6 @@ from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import load_pretrained, resolve_pretrained_cfg
 from torch import nn
 
-from ._checkpoints import CheckpointMismatch
 from ._files import check_download, check_file
 
 __all__ = ['build_model_with_cfg']
@@ -43,7 +42,7 @@ def build_model_with_cfg(model_cls, variant: str, pretrained: bool, **kwargs) ->
     except Exception as e:
         if weights.name in str(e) or not _is_about_weights(e):
             raise
-        kind = ValueError if isinstance(e, CheckpointMismatch) else RuntimeError
+        kind = ValueError if _is_of_a_filter(e) else RuntimeError
         raise kind(f'{variant}: cannot load {weights.describe()}: {weights.explain(e)}') from e
 
 
@@ -83,10 +82,13 @@ class _Weights:
 
     def explain(self, error: Exception) -> str:
         """The error in one line; for a file in the cache, where it lies."""
-        reason = (str(error).strip().splitlines() or [''])[0]
+        lines = str(error).strip().splitlines() or ['']
+        if lines[0].startswith('Error(s) in loading state_dict'):
+            lines = lines[1:]  # the first of them
+        reason = lines[0].strip()
         if isinstance(error.__cause__, pickle.UnpicklingError) and 'Unsupported globals' not in reason:
             reason = 'it is no checkpoint, or damaged'  # timm takes any failure of unpickling for unsafe content
-        elif type(error) not in (RuntimeError, CheckpointMismatch):
+        elif type(error) is not RuntimeError and not _is_of_a_filter(error):
             reason = f'{type(error).__name__} {reason}'.strip()
             if not self.repo_id or self.cached():
                 reason = f'it is no checkpoint, or damaged ({reason})'
@@ -95,6 +97,12 @@ class _Weights:
         for link in self.cached().values():
             reason += f' (the file is {link.resolve()}; if you delete it, it is downloaded anew)'
         return reason
+
+
+def _is_of_a_filter(error: Exception) -> bool:
+    """Whether a checkpoint filter of this package refused the checkpoint, or an argument, in words of its own."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals['__name__'].startswith(__package__)
 
 
 def _is_about_weights(error: Exception) -> bool:

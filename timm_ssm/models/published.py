@@ -26,6 +26,7 @@ _DISTILLED = 'trained with self-distillation'
 # Parameters in millions as published, by the names' beginnings.
 PARAMS = {
     'videomamba_tiny': 7, 'videomamba_small': 26, 'videomamba_middle': 74, 'videomamba_base': 98,
+    'videomamba_middle_patch16_448': 75, 'videomamba_middle_patch16_576': 75,
     'stablemamba_tiny': 7, 'stablemamba_small': 27, 'stablemamba_middle': 76, 'stablemamba_base': 101,
     'stablemamba_large': 187,
     'videomambapro_tiny': 7, 'videomambapro_small': 25, 'videomambapro_middle': 72,
@@ -138,8 +139,8 @@ PUBLISHED: Dict[str, Published] = {
     'mambavision_large3.in21k_ft_in1k_256': Published(87.3, 122.3, _MAMBAVISION),
     'mambavision_large3.in21k_ft_in1k_512': Published(88.1, 489.1, _MAMBAVISION),
 
-    'groupmamba_tiny.in1k': Published(83.3, None, _GROUPMAMBA),
-    'groupmamba_small.in1k': Published(83.9, None, _GROUPMAMBA),
-    'groupmamba_base.in1k': Published(84.5, None, _GROUPMAMBA),
+    'groupmamba_tiny.in1k': Published(83.3, 4.5, _GROUPMAMBA),
+    'groupmamba_small.in1k': Published(83.9, 7.0, _GROUPMAMBA),
+    'groupmamba_base.in1k': Published(84.5, 14, _GROUPMAMBA),
     'stable_groupmamba_small.untrained': Published(83.8, 8.3, _STABLEMAMBA, '84.2 with distillation'),
 }

@@ -8,11 +8,11 @@ one, and a choice of orders for the reverse scan. This is an implementation from
 """
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
@@ -181,20 +181,49 @@ def _expand_pos_embed(pos_embed: torch.Tensor, model: STVideoMamba, method: str)
     return torch.cat((pos_embed[:, :1], patches), dim=1)
 
 
-def _fit_pos_embed(pos_embed: torch.Tensor, model: STVideoMamba) -> torch.Tensor:
-    """A clip's position embedding for another frame count or, at the same frame count, another image size."""
-    T, HW, tokens = model.frames, model.patch_embed.num_patches, pos_embed.shape[1] - 1
-    if tokens == T * HW:
-        return pos_embed
-    if tokens % HW == 0:
-        patches = pos_embed[:, 1:].reshape(1, tokens // HW, -1).mT
-        patches = F.interpolate(patches, size=T, mode='linear').mT.reshape(1, T * HW, -1)
-        return torch.cat((pos_embed[:, :1], patches), dim=1)
-    side = math.isqrt(tokens // T)
-    if T * side * side != tokens:
+def _source_grid(tokens: int, model: STVideoMamba) -> Tuple[int, int]:
+    """Rows and columns of patches in each frame of a checkpoint's position embedding over so many patches.
+
+    They are those of the img_size published with it (in the model_args of its config.json), or else those of the model
+    or of as many square frames as the model has; if that leaves a choice, those of the pretrained cfg's input_size.
+
+    Raises:
+        ValueError: There is none of these, or more than one.
+    """
+    embed = model.patch_embed
+    img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')  # timm < 1.0.31 does not keep them
+    if img_size:
+        return embed.dynamic_feat_size(to_2tuple(img_size))
+    side = math.isqrt(tokens // model.frames)
+    grids = []
+    if tokens % embed.num_patches == 0:
+        grids.append(embed.grid_size)
+    if tokens == model.frames * side * side:
+        grids.append((side, side))
+    cfg_grid = embed.dynamic_feat_size(getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 0, 0))[1:])
+    if cfg_grid in grids:
+        return cfg_grid
+    if len(grids) != 1:
         raise ValueError(
-            f'checkpoint: pos_embed has {tokens} patches, needs frames of {HW} or {T} frames of a square image')
-    return model._resample_pos_embed(pos_embed, list(model.patch_embed.grid_size), [side, side])
+            f'checkpoint: pos_embed has {tokens} patches, needs {model.frames} frames of a square image or frames of '
+            f'{embed.grid_size[0]} x {embed.grid_size[1]} patches' + (
+                ' and could be both: give its image size in pretrained_cfg_overlay=dict(input_size=...)'
+                if grids else ''))
+    return grids[0]
+
+
+def _fit_pos_embed(pos_embed: torch.Tensor, model: STVideoMamba) -> torch.Tensor:
+    """A clip's position embedding for another frame count and image size."""
+    T, tokens, C = model.frames, pos_embed.shape[1] - 1, pos_embed.shape[2]
+    if tokens == T * model.patch_embed.num_patches:
+        return pos_embed
+    grid = _source_grid(tokens, model)
+    patches = grid[0] * grid[1]
+    if tokens != T * patches:
+        by_frame = pos_embed[:, 1:].reshape(1, -1, patches * C).mT
+        by_frame = F.interpolate(by_frame, size=T, mode='linear').mT.reshape(1, T * patches, C)
+        pos_embed = torch.cat((pos_embed[:, :1], by_frame), dim=1)
+    return model._resample_pos_embed(pos_embed, list(model.patch_embed.grid_size), list(grid))
 
 
 def checkpoint_filter_fn(

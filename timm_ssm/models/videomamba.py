@@ -18,6 +18,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     global_pool_nlc,
     resample_abs_pos_embed,
+    to_2tuple,
     to_ntuple,
     trunc_normal_,
 )
@@ -448,7 +449,7 @@ def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) 
 
     Raises:
         ValueError: inflation is unknown.
-        CheckpointMismatch: The checkpoint is of clips and the model is not.
+        CheckpointMismatch: The checkpoint is of clips and the model is not, or is one of other tubelets.
     """
     if inflation not in ('center', 'mean'):
         raise ValueError(f"inflation: got {inflation!r}, needs 'center' or 'mean'")
@@ -465,6 +466,10 @@ def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) 
         kernel = kernel.unsqueeze(2)
     if embed.is_clip:
         tubelet = embed.tubelet_size
+        if kernel.shape[2] not in (1, tubelet):
+            raise CheckpointMismatch(
+                f'checkpoint: its tubelets have {kernel.shape[2]} frames, the model\'s {tubelet}; '
+                f'build the model with tubelet_size={kernel.shape[2]}', state_dict)
         if kernel.shape[2] == 1 and tubelet > 1:
             weights = kernel.new_full((tubelet,), 1. / tubelet)
             if inflation == 'center':
@@ -481,6 +486,36 @@ def adapt_patch_embed(state_dict: StateDict, model: VideoMamba, inflation: str) 
     return from_image
 
 
+def _adapt_pos_embed(state_dict: StateDict, model: VideoMamba, released: bool) -> None:
+    """Fit a checkpoint's position embedding to the model's grid of patches, in place.
+
+    The checkpoint's own grid is that of the img_size published with it (in the model_args of its config.json). Without
+    one it is a square, unless a checkpoint of ours has as many patches as the model: then it is the model's.
+
+    Args:
+        state_dict: Checkpoint under our names.
+        model: Model to load it into.
+        released: It is one of the authors' files, all of which are of square images.
+
+    Raises:
+        CheckpointMismatch: Its number of patches is no square.
+    """
+    pos_embed = state_dict['pos_embed']
+    patches = pos_embed.shape[1] - 1
+    grid = model.patch_embed.grid_size
+    img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')  # timm < 1.0.31 does not keep them
+    old = model.patch_embed.dynamic_feat_size(to_2tuple(img_size)) if img_size else (0, 0)
+    if old[0] * old[1] != patches:
+        if patches == grid[0] * grid[1] and not released:
+            return
+        old = math.isqrt(patches), math.isqrt(patches)
+        if old[0] * old[1] != patches:
+            raise CheckpointMismatch(
+                f'checkpoint: pos_embed has {patches} patches, needs {grid[0]} x {grid[1]} or those of a square image',
+                state_dict)
+    state_dict['pos_embed'] = resample_abs_pos_embed(pos_embed, list(grid), list(old), num_prefix_tokens=1)
+
+
 def checkpoint_filter_fn(state_dict: StateDict, model: VideoMamba, inflation: str = 'center') -> StateDict:
     """The authors' or our own checkpoint to this model's names, patch size, input size and frame count.
 
@@ -491,11 +526,11 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMamba, inflation: st
         model: Model to load it into.
         inflation: As in `adapt_patch_embed`.
     """
+    state_dict = unwrap_state_dict(state_dict)
     out = rename_authors(state_dict)
     adapt_patch_embed(out, model, inflation)
-    pos_embed = out.get('pos_embed')
-    if pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
-        out['pos_embed'] = resample_abs_pos_embed(pos_embed, list(model.patch_embed.grid_size), num_prefix_tokens=1)
+    if 'pos_embed' in out:
+        _adapt_pos_embed(out, model, released='norm_f.weight' in state_dict)
     if model.temporal_pos_embed is not None:
         temporal = out.get('temporal_pos_embed', torch.zeros_like(model.temporal_pos_embed))
         if temporal.shape[1] != model.temporal_pos_embed.shape[1]:

@@ -1,0 +1,57 @@
+"""What every variant of the hierarchical families can do, at a small width and depth."""
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_ssm  # noqa: F401  registers the models
+
+VARIANTS = timm.list_models(module=['mambavision', 'groupmamba'])
+
+
+def tiny(name, **kwargs):
+    """The variant at a small width, with every kind of its blocks."""
+    torch.manual_seed(0)
+    if name.startswith('mambavision'):
+        small = dict(stem_dim=8, embed_dim=16, depths=(1, 1, 3, 2), num_heads=(1, 1, 2, 4), img_size=64)
+    else:
+        small = dict(stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 2, 2, 1))
+    return timm.create_model(name, **{**small, 'num_classes': 5, **kwargs})
+
+
+def test_all_variants_are_here():
+    assert len(VARIANTS) == 7 + 4
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_build_on_meta(name):
+    """The full-size variant: its configuration agrees with its registry entry and its feature_info."""
+    model = timm.create_model(name, device='meta')
+    cfg = timm.get_pretrained_cfg(name)
+    assert all(v.is_meta for v in model.state_dict().values())
+    classifiers = model.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    assert [c.out_features for c in classifiers] == [1000] * len(classifiers) and cfg.num_classes == 1000
+    assert [f['reduction'] for f in model.feature_info] == [4, 8, 16, 32]
+    assert model.feature_info[-1]['num_chs'] == model.num_features == classifiers[0].in_features
+    assert cfg.pool_size == tuple(n // 32 for n in cfg.input_size[1:])
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_train_step_and_state_dict(name):
+    model = tiny(name, drop_path_rate=.2).train()
+    x = torch.randn(2, 3, 64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    again = tiny(name).eval()
+    assert not torch.equal(again.head.weight, model.head.weight)
+    again.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        logits = model.eval()(x)
+        assert logits.shape == (2, 5) and torch.equal(again(x), logits)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape for m in maps] == [(2, f['num_chs'], 64 // f['reduction'], 64 // f['reduction'])
+                                       for f in model.feature_info]
