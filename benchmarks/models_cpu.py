@@ -29,8 +29,8 @@ PAIRS = [
 ]
 
 
-#: The GNU C library returns freed memory to the system, or not, depending on what a process did before; getting it back can
-#: take as long as the computation. With these it keeps it, as jemalloc and tcmalloc do.
+#: The GNU C library may return freed memory to the system, depending on what a process did before, and getting it back
+#: can take as long as the computation. With these it keeps it, as jemalloc and tcmalloc do.
 KEEP_MEMORY = {'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_MMAP_THRESHOLD_': '4000000000'}
 
 
