@@ -98,6 +98,7 @@ def report(name: str, rows: List[Row], **extra: str) -> None:
         writer.writerows((*row, row.met()) for row in rows)
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         return
     judged = [row for row in rows if row.goal is not None][::-1]
@@ -108,7 +109,10 @@ def report(name: str, rows: List[Row], **extra: str) -> None:
     ax.bar_label(ax.containers[0], [f'{row.value:.3g}' for row in judged], padding=3, fontsize=8)
     ax.axvline(1, color='black', linewidth=.8)
     ax.set_xscale('log')
-    ax.margins(x=.1, y=.01)
+    ax.margins(x=.15, y=.01)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel('measured / goal (inverted where less is better)')
     ax.set_title(f'{name}: {env["cpu"]}, {env["threads"]} threads, torch {env["torch"]}', fontsize=9)
     ax.tick_params(labelsize=8)
