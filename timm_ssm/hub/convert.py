@@ -48,8 +48,8 @@ def convert(
         raise ValueError(f'folder: {folder} exists, needs a new or an empty one')
     with tqdm(total=6, disable=None, leave=False) as bar:
         def step(what: str) -> None:
-            bar.set_description(what)
             bar.update()
+            bar.set_description(what)  # redraws, which update() does now and then only
 
         step('reading')
         found = find(source)
