@@ -19,7 +19,7 @@ from timm_ssm.ops import (
 from timm_ssm.ops.backends import BACKENDS, backend_module
 from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
 
-from .utils import grads, pairs, relative_error, scan_inputs
+from .utils import grads, pairs, relative_error, scan_inputs, too_old_to_interpret
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FORMS = [
@@ -36,6 +36,8 @@ def device_of(backend: str) -> str:
     reason = backend_module(backend).unavailable()
     if reason:
         pytest.skip(f'{backend}: {reason}')
+    if backend == 'triton' and too_old_to_interpret():
+        pytest.skip(too_old_to_interpret())
     return 'cuda' if backend in ('triton', 'mamba_ssm') and torch.cuda.is_available() else 'cpu'
 
 

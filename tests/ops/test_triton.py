@@ -12,7 +12,7 @@ from timm_ssm.ops.backends import backend_module
 from timm_ssm.ops.naive import selective_scan_naive
 
 from .test_kernels import both_directions
-from .utils import grads, pairs, relative_error, scan_inputs
+from .utils import grads, pairs, relative_error, scan_inputs, too_old_to_interpret
 
 pytest.importorskip('triton')
 if backend_module('triton').unavailable():
@@ -33,6 +33,7 @@ def check(fn, reference, inputs, tolerance, **form):
         assert relative_error(g.cpu(), want[name]) <= 4 * tolerance, name
 
 
+@pytest.mark.skipif(bool(too_old_to_interpret()), reason=too_old_to_interpret())
 @pytest.mark.parametrize('form', [dict(), dict(residual=True, mask_diagonal=True)], ids=str)
 def test_split(monkeypatch, form):
     """A sequence in stretches of tokens that meet, as long ones at small batch are cut."""
@@ -62,6 +63,7 @@ def call_of(inputs):
     return ScanCall(**one, z=inputs['z'], delta_softplus=True, reverse=[False], residual=False, mask_diagonal=[False])
 
 
+@pytest.mark.skipif(bool(too_old_to_interpret()), reason=too_old_to_interpret())
 @pytest.mark.skipif(DEVICE == 'cuda', reason='the GPU runs this variant everywhere')
 @pytest.mark.parametrize('reduce', ['sum', 'tf32'])
 @pytest.mark.parametrize('channels', [5, 70])

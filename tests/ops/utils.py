@@ -1,7 +1,18 @@
 """Random calls of the ops for tests."""
+from importlib.metadata import PackageNotFoundError, version
 from typing import Dict, Optional
 
 import torch
+from packaging.version import Version
+
+
+def too_old_to_interpret() -> str:
+    """Why the Triton kernels cannot run in Triton's interpreter, empty if they can or need not."""
+    try:
+        old = not torch.cuda.is_available() and Version(version('triton')) < Version('3.3')
+    except PackageNotFoundError:
+        return 'there is no Triton'
+    return 'the interpreter of Triton 3.2 cannot run the backward kernels, its compiler can' if old else ''
 
 
 def scan_inputs(
