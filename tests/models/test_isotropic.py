@@ -1,5 +1,6 @@
 """What every variant of every isotropic family can do, at a small depth and width."""
 import re
+from functools import partial
 
 import pytest
 import timm
@@ -9,6 +10,8 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
+
+from .utils import check_train_step
 
 MODULES = ['videomamba', 'stablemamba', 'videomambapro', 'stvideomamba', 'vim']
 VARIANTS = timm.list_models(module=MODULES)
@@ -58,19 +61,7 @@ def test_build_on_meta(name):
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_train_step_and_state_dict(name):
-    model, x = tiny(name, drop_path_rate=.2).train(), batch(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 1]))
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    optimizer.step()
-    again = tiny(name).eval()
-    assert not torch.equal(again.head.weight, model.head.weight)
-    again.load_state_dict(model.state_dict(), strict=True)
-    with torch.no_grad():
-        logits = model.eval()(x)
-        assert logits.shape == (2, 5) and torch.equal(again(x), logits)
-        torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
+    check_train_step(partial(tiny, name), batch(name))
 
 
 @pytest.mark.parametrize('name', ONE_OF_EACH)

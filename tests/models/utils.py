@@ -1,14 +1,35 @@
-"""Reading the reference numbers, for every family's tests."""
+"""Reading the reference numbers, and what every family's tests check alike."""
 import json
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Callable, Dict, Tuple
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from ..fixtures.synthesize import image, synthesize
 
 FIXTURES = Path(__file__).parents[1] / 'fixtures'
+
+
+def check_train_step(make: Callable[..., nn.Module], x: torch.Tensor) -> nn.Module:
+    """Train the model that `make` makes for a step with drop_path; its state loads into another one that agrees.
+
+    Returns the trained model of five classes, in evaluation mode.
+    """
+    model = make(drop_path_rate=.2).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    again = make().eval()
+    assert not torch.equal(again.head.weight, model.head.weight)
+    again.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        logits = model.eval()(x)
+        assert logits.shape == (2, 5) and torch.equal(again(x), logits)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
+    return model
 
 
 def load_reference(name: str) -> Tuple[Dict, Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
