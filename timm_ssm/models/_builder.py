@@ -1,8 +1,9 @@
 """timm's model builder, and what it leaves open about weights: damaged files are noticed, errors say which file."""
 import pickle
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional, Sequence
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -12,7 +13,7 @@ from torch import nn
 
 from ._files import check_download, check_file
 
-__all__ = ['build_model_with_cfg']
+__all__ = ['build_isotropic', 'build_model_with_cfg']
 
 
 def build_model_with_cfg(model_cls, variant: str, pretrained: bool, **kwargs) -> nn.Module:
@@ -97,6 +98,35 @@ class _Weights:
         for link in self.cached().values():
             reason += f' (the file is {link.resolve()}; if you delete it, it is downloaded anew)'
         return reason
+
+
+def build_isotropic(
+        model_cls,
+        variant: str,
+        pretrained: bool,
+        filter_fn: Callable,
+        filter_args: Sequence[str] = (),
+        **kwargs,
+) -> nn.Module:
+    """`build_model_with_cfg` for models whose features are those of single blocks, the last three by default.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Its registered name.
+        pretrained: Load weights.
+        filter_fn: Fits a checkpoint to the model.
+        filter_args: Names of keyword arguments that are for filter_fn and not for the model.
+    """
+    out_indices = kwargs.pop('out_indices', 3)
+    filter_kwargs = {name: kwargs.pop(name) for name in filter_args if name in kwargs}
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=partial(filter_fn, **filter_kwargs),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
 
 
 def _is_of_a_filter(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import BiMamba, RmsNorm
-from ._builder import build_model_with_cfg
+from ._builder import build_isotropic
 from .videomamba import VideoMamba, checkpoint_filter_fn
 
 __all__ = ['StableMamba']
@@ -105,16 +105,7 @@ class StableMamba(VideoMamba):
 
 
 def _create_stablemamba(variant: str, pretrained: bool = False, **kwargs) -> StableMamba:
-    out_indices = kwargs.pop('out_indices', 3)
-    inflation = kwargs.pop('inflation', 'center')
-    return build_model_with_cfg(
-        StableMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, inflation=inflation),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_isotropic(StableMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

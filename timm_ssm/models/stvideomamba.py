@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..layers import BiMamba, LayerNorm, state_decay
 from ..ops import causal_conv1d, selective_scan
-from ._builder import build_model_with_cfg
+from ._builder import build_isotropic
 from ._checkpoints import StateDict, check_fits, unwrap_state_dict
 from .videomamba import MambaBlock, VideoMamba, adapt_patch_embed, check_weight_init, rename_authors
 from .vim import class_token_first
@@ -274,16 +274,8 @@ def checkpoint_filter_fn(
 
 
 def _create_stvideomamba(variant: str, pretrained: bool = False, **kwargs) -> STVideoMamba:
-    out_indices = kwargs.pop('out_indices', 3)
-    loading = {k: kwargs.pop(k) for k in ('pos_embed_init', 'image_source') if k in kwargs}
-    return build_model_with_cfg(
-        STVideoMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, **loading),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_isotropic(
+        STVideoMamba, variant, pretrained, checkpoint_filter_fn, ('pos_embed_init', 'image_source'), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

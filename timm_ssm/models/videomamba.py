@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
-from ._builder import build_model_with_cfg
+from ._builder import build_isotropic
 from ._checkpoints import CheckpointMismatch, StateDict, check_fits, unwrap_state_dict
 from ._timm import update_model_input_size
 
@@ -541,16 +541,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMamba, inflation: st
 
 
 def _create_videomamba(variant: str, pretrained: bool = False, **kwargs) -> VideoMamba:
-    out_indices = kwargs.pop('out_indices', 3)
-    inflation = kwargs.pop('inflation', 'center')
-    return build_model_with_cfg(
-        VideoMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, inflation=inflation),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_isotropic(VideoMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Dict, Optional
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
-from ._builder import build_model_with_cfg
+from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
 from .videomamba import MambaBlock, VideoMamba
 from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
@@ -83,16 +83,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMambaPro, inflation:
 
 
 def _create_videomambapro(variant: str, pretrained: bool = False, **kwargs) -> VideoMambaPro:
-    out_indices = kwargs.pop('out_indices', 3)
-    inflation = kwargs.pop('inflation', 'center')
-    return build_model_with_cfg(
-        VideoMambaPro,
-        variant,
-        pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, inflation=inflation),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_isotropic(VideoMambaPro, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

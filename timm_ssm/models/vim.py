@@ -16,7 +16,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
-from ._builder import build_model_with_cfg
+from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
 from .videomamba import MambaBlock, VideoMamba
 from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
@@ -58,15 +58,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs) -> Vim:
-    out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        Vim,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_isotropic(Vim, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
