@@ -72,26 +72,34 @@ static int run(const Kernel& kernel, const void* call, int64_t threads) {
     return failed;
 }
 
-// Each function returns 0, or 1 if memory ran out.
+#define EXPORT __attribute__((visibility("default")))
+
 extern "C" {
-__attribute__((visibility("default"))) int timm_ssm_scan_forward(const Scan* s) {
+// What the caller must have been built for: version, sizes of the structs, chunk size; -1 beyond.
+EXPORT int64_t timm_ssm_abi(int i) {
+    static const int64_t ABI[] = {ABI_VERSION, sizeof(Scan), sizeof(Conv), CHUNK_SIZE};
+    return i >= 0 && i < (int)(sizeof(ABI) / sizeof(*ABI)) ? ABI[i] : -1;
+}
+
+// The four functions below return 0, or 1 if memory ran out.
+EXPORT int timm_ssm_scan_forward(const Scan* s) {
     return run(ISAS[s->isa].kernels->scan_forward[s->is_double], s, s->threads);
 }
 
-__attribute__((visibility("default"))) int timm_ssm_scan_backward(const Scan* s) {
+EXPORT int timm_ssm_scan_backward(const Scan* s) {
     return run(ISAS[s->isa].kernels->scan_backward[s->is_double], s, s->threads);
 }
 
-__attribute__((visibility("default"))) int timm_ssm_conv_forward(const Conv* c) {
+EXPORT int timm_ssm_conv_forward(const Conv* c) {
     return run(ISAS[c->isa].kernels->conv_forward[c->is_double], c, c->threads);
 }
 
-__attribute__((visibility("default"))) int timm_ssm_conv_backward(const Conv* c) {
+EXPORT int timm_ssm_conv_backward(const Conv* c) {
     return run(ISAS[c->isa].kernels->conv_backward[c->is_double], c, c->threads);
 }
 
 // The name of instruction set i, empty if this machine lacks it; null beyond the last.
-__attribute__((visibility("default"))) const char* timm_ssm_isa(int i) {
+EXPORT const char* timm_ssm_isa(int i) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool usable[] = {

@@ -4,7 +4,10 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int STRIDE = 32;  // tokens between saved states, STATE_STRIDE in Python
+// Python asks for these, and for the sizes of Scan and Conv, when it loads the library, and refuses one that differs
+// from its own. Count ABI_VERSION up whenever a field's place or meaning changes.
+constexpr int ABI_VERSION = 1;
+constexpr int CHUNK_SIZE = 32;  // tokens between saved states
 
 struct Tensor {
     void* data;  // null if absent

@@ -1,6 +1,6 @@
 // The selective scan for one instruction set: included inside its namespace after simd.h.
 //
-// A task walks the tokens of one batch item for a block of channels, in tiles of STRIDE tokens that stay in the L1 cache
+// A task walks the tokens of one batch item for a block of channels, in tiles of CHUNK_SIZE tokens that stay in the L1 cache
 // together with the block's states. Vectors run over channels. Within a tile a few states at a time are kept in
 // registers and taken through all of its tokens.
 
@@ -86,7 +86,7 @@ INLINE Rows<R> states_of(const Tensor& x, const Tile& tile, int64_t group) {
 template <class R>
 struct alignas(64) Scratch {
     typedef R Block[BLOCK<R>];
-    typedef R TileBuffer[STRIDE * BLOCK<R>];
+    typedef R TileBuffer[CHUNK_SIZE * BLOCK<R>];
     TileBuffer dt, dtu, y, buffers[5];
     Block D, bias, min_dt, max_dt, first;
     R *A, *h;  // (d_state, BLOCK); A is times log2(e)
@@ -105,9 +105,9 @@ struct alignas(64) BackwardScratch : Scratch<R> {
     typename Scratch<R>::TileBuffer dy, du, slope, g_B, g_decay, more_buffers[3];
     typename Scratch<R>::Block dD, dbias;
     // of one vector of channels: decays, and states decayed by them
-    R decay[STRIDE * MAX_STATES_BACKWARD<R> * LANES<R>], decayed[STRIDE * MAX_STATES_BACKWARD<R> * LANES<R>];
+    R decay[CHUNK_SIZE * MAX_STATES_BACKWARD<R> * LANES<R>], decayed[CHUNK_SIZE * MAX_STATES_BACKWARD<R> * LANES<R>];
     // sums over channels on their way to dB and dC: a vector for each token, in which states have neighbouring lanes
-    R dB[STRIDE * LANES<R>], dC[STRIDE * LANES<R>];
+    R dB[CHUNK_SIZE * LANES<R>], dC[CHUNK_SIZE * LANES<R>];
     R *g, *dA;  // (d_state, BLOCK)
 
     static int64_t bytes(const Scan& s) {
@@ -137,7 +137,7 @@ struct Blocks {
 template <class R>
 INLINE Tile tile_of(const Scan& s, const Direction& d, int64_t batch, int64_t channel, int width, int64_t start) {
     const int64_t left = start < 0 ? 0 : s.length - start;
-    const int rows = left < 0 ? 0 : left < STRIDE ? left : STRIDE;
+    const int rows = left < 0 ? 0 : left < CHUNK_SIZE ? left : CHUNK_SIZE;
     return {batch, d.reverse ? s.length - 1 - start : start, d.reverse ? -1 : 1, channel, rows, width};
 }
 
@@ -219,19 +219,19 @@ static void forward_direction(
     R* h = m->h;
     load_parameters(s, d, channel, width, m);
     memset(h, 0, s.d_state * sizeof(typename Scratch<R>::Block));
-    for (int64_t start = 0; start < s.length; start += STRIDE) {
+    for (int64_t start = 0; start < s.length; start += CHUNK_SIZE) {
         const Tile tile = tile_of<R>(s, d, batch, channel, width, start);
         const Rows<R> u = readable(d.u, tile, m->buffers[0]), delta = readable(d.delta, tile, m->buffers[1]);
         if (s.residual && start == 0)
             for (int64_t n = 0; n < s.d_state; n++) memcpy(h + n * BLOCK<R>, u[0], width * sizeof(R));
         if (d.states) {
-            const int64_t chunk = batch * ((s.length + STRIDE - 1) / STRIDE) + start / STRIDE;
+            const int64_t chunk = batch * ((s.length + CHUNK_SIZE - 1) / CHUNK_SIZE) + start / CHUNK_SIZE;
             R* to = static_cast<R*>(d.states) + chunk * s.d_state * s.channels + channel;
             for (int64_t n = 0; n < s.d_state; n++)
                 memcpy(to + n * s.channels, h + n * BLOCK<R>, width * sizeof(R));
         }
         const Rows<R> before = index ? readable(sum, tile, m->buffers[2]) : Rows<R>{};
-        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start + STRIDE)};
+        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start + CHUNK_SIZE)};
         ahead.add(d.u);
         ahead.add(d.delta);
         if (index) ahead.add(sum);
@@ -394,7 +394,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
     memset(m->h, 0, 3 * N * sizeof(m->D));
     memset(m->dD, 0, sizeof(m->dD));
     memset(m->dbias, 0, sizeof(m->dbias));
-    for (int64_t start = (s.length - 1) / STRIDE * STRIDE; start >= 0; start -= STRIDE) {
+    for (int64_t start = (s.length - 1) / CHUNK_SIZE * CHUNK_SIZE; start >= 0; start -= CHUNK_SIZE) {
         const Tile tile = tile_of<R>(s, d, batch, channel, width, start);
         const Rows<R> u = readable(d.u, tile, m->buffers[0]), delta = readable(d.delta, tile, m->buffers[1]);
         const Rows<R> grad = readable(s.out, tile, m->buffers[2]);
@@ -402,7 +402,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const bool gate_gradient = s.z.data && index == 0;
         const Rows<R> y = gate_gradient ? readable(s.y, tile, m->buffers[4]) : Rows<R>{};
         const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->more_buffers[0]) : Rows<R>{};
-        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start - STRIDE)};
+        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start - CHUNK_SIZE)};
         ahead.add(d.u);
         ahead.add(d.delta);
         ahead.add(s.out);
@@ -439,7 +439,7 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
             }
         }
         if (gate_gradient) finish(s.dz, tile, dz);
-        const int64_t chunk = batch * ((s.length + STRIDE - 1) / STRIDE) + start / STRIDE;
+        const int64_t chunk = batch * ((s.length + CHUNK_SIZE - 1) / CHUNK_SIZE) + start / CHUNK_SIZE;
         const R* h = static_cast<const R*>(d.states) + chunk * N * s.channels + channel;
         for (int64_t n = 0; n < N; n++) memcpy(m->h + n * BLOCK<R>, h + n * s.channels, width * sizeof(R));
         if (d.mask_diagonal && start == 0) memset(m->dy, 0, sizeof(m->first));

@@ -1,6 +1,7 @@
 """What only the native backend has: instruction sets, threads, forks, a build that may fail."""
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -182,13 +183,53 @@ def test_slices_are_read_in_place(monkeypatch):
 
 
 def test_without_the_library(monkeypatch):
-    monkeypatch.setattr(native, '_lib', None)
+    for name, value in zip(('_lib', '_reason'), native._load(None)):
+        monkeypatch.setattr(native, name, value)
     report = backend_report()
     assert 'compiler' in report['native']['available'] and report['naive']['serves'][0] == 'cpu'
     inputs = scan_inputs()
     assert relative_error(selective_scan(**inputs), selective_scan_naive(**inputs)) < 1e-5
     with pytest.raises(RuntimeError, match='compiler'):
         selective_scan(**inputs, backend='native')
+
+
+STUB = """
+#include <stdlib.h>
+long long timm_ssm_abi(int i) { return (long long[]) {%s}[i]; }
+const char* timm_ssm_isa(int i) { abort(); }
+int timm_ssm_scan_forward(const void* p) { abort(); }
+int timm_ssm_scan_backward(const void* p) { abort(); }
+int timm_ssm_conv_forward(const void* p) { abort(); }
+int timm_ssm_conv_backward(const void* p) { abort(); }
+"""
+
+
+@pytest.mark.parametrize('other', [None, *range(len(native._ABI)), 'old'])
+def test_library_of_another_version(other, tmp_path):
+    """A library that differs in version, struct sizes or chunk size, or that lacks a function, is not used."""
+    if not shutil.which('cc'):
+        pytest.skip('no C compiler')
+    abi = [n + 1 if i == other else n for i, n in enumerate(native._ABI)]
+    stub = STUB % ', '.join(map(str, abi))
+    source, library = tmp_path / 'stub.c', tmp_path / '_native.so'
+    source.write_text(stub.replace('timm_ssm_abi', 'timm_ssm_something') if other == 'old' else stub)
+    subprocess.run(['cc', '-shared', '-fPIC', source, '-o', library], check=True)
+    lib, reason = native._load(library)
+    if other is None:
+        assert lib is not None and not reason
+    else:
+        assert lib is None and 'built for another version of timm-ssm' in reason and str(library) in reason
+
+
+@needs_library
+def test_struct_sizes(monkeypatch):
+    """What is packed for two directions is as large as the structs of the library."""
+    sizes = []
+    monkeypatch.setattr(native, '_run', lambda function, dtype, fields: sizes.append(8 * (3 + len(fields))))
+    inputs = pairs(scan_inputs(), scan_inputs())
+    bidirectional_selective_scan(**inputs, backend='native')
+    bidirectional_causal_conv1d(torch.randn(2, 5, 8), (torch.randn(8, 4),) * 2, backend='native')
+    assert sizes == [native._lib.timm_ssm_abi(1), native._lib.timm_ssm_abi(2)]
 
 
 def _wheel_libraries(folder: Path, **env: str):

@@ -11,20 +11,41 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..calls import ConvCall, ScanCall, ScanResult, acc_dtype
+from ..calls import STATE_STRIDE, ConvCall, ScanCall, ScanResult, acc_dtype
 
-_LIBRARY = next(iter(sorted(Path(__file__).parent.glob('_native*.so'))), None)
-_lib, _reason = None, 'its C++ library was not built when the package was installed (no C++ compiler?)'
-if _LIBRARY is not None:
+_ABI_VERSION = 1  # as in native.h
+_NO_TENSOR, _NO_GRADS = (0,) * 4, (0,) * (4 * 4 + 3)
+_DIRECTION_FIELDS = 4 * 4 + 6 + len(_NO_GRADS)
+_SCAN_FIELDS = 3 + 9 + 4 * 4 + 2 * _DIRECTION_FIELDS
+_CONV_FIELDS = 3 + 7 + 2 * 4 + 2 * 9
+_FIELD_SIZE = struct.calcsize('q')
+#: What the library must have been built with: version, sizes of Scan and Conv, chunk size.
+_ABI = (_ABI_VERSION, _SCAN_FIELDS * _FIELD_SIZE, _CONV_FIELDS * _FIELD_SIZE, STATE_STRIDE)
+
+
+def _load(path: Optional[Path]) -> Tuple[Optional[ctypes.CDLL], str]:
+    """The library, or None and the reason why it cannot be used."""
+    if path is None:
+        return None, 'its C++ library was not built when the package was installed (no C++ compiler?)'
     try:
-        _lib = ctypes.CDLL(str(_LIBRARY))
+        lib = ctypes.CDLL(str(path))
     except OSError as e:
-        _reason = f'its C++ library does not load: {e}'
+        return None, f'its C++ library does not load: {e}'
+    try:
+        lib.timm_ssm_abi.restype, lib.timm_ssm_isa.restype = ctypes.c_int64, ctypes.c_char_p
+        functions = lib.timm_ssm_scan_forward, lib.timm_ssm_scan_backward, lib.timm_ssm_conv_forward, \
+            lib.timm_ssm_conv_backward
+        abi = tuple(lib.timm_ssm_abi(i) for i in range(len(_ABI)))
+    except AttributeError:  # a function is missing
+        abi = None
+    if abi != _ABI:
+        return None, f'its C++ library {path} was built for another version of timm-ssm: install the package again'
+    for function in functions:
+        function.argtypes = [ctypes.c_char_p]
+    return lib, ''
 
-if _lib is not None:
-    for _name in ('scan_forward', 'scan_backward', 'conv_forward', 'conv_backward'):
-        getattr(_lib, f'timm_ssm_{_name}').argtypes = [ctypes.c_char_p]
-    _lib.timm_ssm_isa.restype = ctypes.c_char_p
+
+_lib, _reason = _load(next(iter(sorted(Path(__file__).parent.glob('_native*.so'))), None))
 
 
 def _instruction_sets() -> List[str]:
@@ -64,16 +85,13 @@ def refuses_conv(call: ConvCall) -> Optional[str]:
     return None if call.x.is_cpu else 'it runs on the CPU'
 
 
-_ABSENT = (0, 0, 0, 0)
-
-
 def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, ...]:
     """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h.
 
     A tensor whose last dimension is not contiguous is copied first; the copy must stay alive until the call returns.
     """
     if x is None:
-        return _ABSENT
+        return _NO_TENSOR
     stride = x.stride()
     if stride[-1] != 1:
         x = x.contiguous()
@@ -86,9 +104,6 @@ def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]
     threads = 1 if _forked else torch.get_num_threads()
     if function(struct.pack(f'{3 + len(fields)}q', _isa, threads, dtype is torch.float64, *fields)):
         raise MemoryError('native: no memory left')
-
-
-_NO_GRADS = (0,) * 19
 
 
 def _run_scan(
