@@ -35,12 +35,12 @@ from timm.models import (
 from torch import nn
 from torch.nn import functional as F
 
+from .._compat import update_model_input_size
 from ..layers import DtProj, log_decay_init, state_decay
 from ..ops import causal_conv1d, selective_scan
 from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
-from ._timm import update_model_input_size
 
 __all__ = ['MambaVision']
 

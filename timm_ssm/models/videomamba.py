@@ -35,10 +35,10 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn import functional as F
 
+from .._compat import update_model_input_size
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
 from ._builder import build_isotropic
 from ._checkpoints import CheckpointMismatch, StateDict, check_fits, unwrap_state_dict
-from ._timm import update_model_input_size
 
 __all__ = ['VideoMamba']
 
