@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import train
-from tests.test_train import MODEL, PLAIN
+from tests.training.utils import MODEL, PLAIN
+from timm_ssm.training import train
 
 DEMO = Path(__file__).parents[1] / 'demo'
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import torchrun
+from tests.training.utils import torchrun
 from timm_ssm.__main__ import main
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """`timm-ssm`: models, checkpoints and images from the command line."""
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -116,6 +117,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--device', default='cpu', help='device (default: cpu)')
     p.add_argument('--json', action='store_true', help='print JSON')
 
+    # these parse their own flags, see main
+    command('train', None, 'train a model, as train.py does')
+    command('validate', None, 'measure the accuracy of models, as validate.py does')
+
     command('env', _env, 'print versions, and which backends run here and why')
     return root
 
@@ -129,6 +134,10 @@ def _positive(text: str) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command; an error is one message on stderr and exit status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (['train'], ['validate']):
+        importlib.import_module(f'.training.{argv[0]}', __package__).main(argv[1:], prog=f'timm-ssm {argv[0]}')
+        return 0
     args = parser().parse_args(argv)
     try:
         status = args.run(args) or 0

@@ -1,5 +1,4 @@
-"""What train.py writes: checkpoints and the summary, each of them whole at any moment."""
-import csv
+"""The checkpoint files of a run, each of them whole at any moment."""
 import glob
 import os
 import shutil
@@ -46,6 +45,12 @@ class Checkpoints:
         recoveries = sorted(glob.glob(self.path('recovery-*')), key=utils.natural_key)
         return next((path for path in [*recoveries[::-1], self.path('last')] if os.path.exists(path)), None)
 
+    def continue_from(self, path: str, state: Dict[str, Any]) -> None:
+        """Go on with the run that wrote this checkpoint."""
+        self.history = [tuple(entry) for entry in state.get('history', [])]
+        if os.path.basename(path) == 'last.pth.tar':
+            self.finish_save(state['epoch'])
+
     def write(self, name: str, state: Dict[str, Any]) -> None:
         with atomic_write(self.path(name)) as f:
             torch.save(dict(state, history=self.history), f)
@@ -58,13 +63,13 @@ class Checkpoints:
             ranked.sort(key=lambda entry: entry[1], reverse=not self.decreasing)  # stable: of equals, the first
             self.history, worse = ranked[:self.max_history], ranked[self.max_history:]
         self.write('last', dict(state, metric=metric))
-        self.settle(state['epoch'])
+        self.finish_save(state['epoch'])
         for epoch, _ in worse:
             with suppress(FileNotFoundError):
                 os.remove(self.path(f'checkpoint-{epoch}'))
 
-    def settle(self, epoch: int) -> None:
-        """Make the copies that `last` of this epoch is due. On resuming, those a kill prevented."""
+    def finish_save(self, epoch: int) -> None:
+        """Copy `last` to the other names due to its epoch and delete older recoveries; on resuming, after a kill."""
         if epoch in dict(self.history):
             self.copy_last(f'checkpoint-{epoch}')
         if self.history and self.history[0][0] == epoch:
@@ -91,21 +96,3 @@ class Checkpoints:
         self.write(name, state)
         for path in set(glob.glob(self.path('recovery-*'))) - {self.path(name)}:
             os.remove(path)
-
-
-class Summary:
-    """summary.csv, a row for each epoch; rows of epochs that a resumed run is going to repeat are dropped."""
-
-    def __init__(self, path: str, start_epoch: int):
-        self.path = path
-        self.rows: List[Dict[str, Any]] = []
-        if start_epoch and os.path.exists(path):
-            with open(path, newline='') as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row['epoch']) < start_epoch]
-
-    def add(self, row: Dict[str, Any]) -> None:
-        self.rows.append(row)
-        with atomic_write(self.path, 'w', newline='') as f:
-            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in self.rows for key in r)))
-            writer.writeheader()
-            writer.writerows(self.rows)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-import train
-from train_args import LEFT_OUT, make_parser, parse_args, parse_config
+from timm_ssm.training import train
+from timm_ssm.training.arguments import UNSUPPORTED, make_parser, parse_args, parse_config
 
-TIMM_ARGS = Path(__file__).parent / 'fixtures' / 'timm_args.yaml'
+TIMM_ARGS = Path(__file__).parents[1] / 'fixtures' / 'timm_args.yaml'
 
 
 def write(tmp_path, **config):
@@ -34,7 +34,7 @@ def test_flags_and_defaults_are_those_of_timm():
     # that differ: timm leaves these empty and fills them in later
     filled = dict(eval_metric='top1', output='./output/train', smoothing=0.1, interpolation=None)
     parser = make_parser()
-    left_out = {flag.replace('-', '_'): default for flag, default in LEFT_OUT.items()}
+    left_out = {flag.replace('-', '_'): default for flag, default in UNSUPPORTED.items()}
     for key, value in timm_args.items():
         if key in left_out:
             assert left_out[key] == value, key

@@ -1,15 +1,16 @@
-"""The flags of train.py: timm's names, meanings and defaults, on the command line or in a YAML file."""
+"""The flags of training: timm's names, meanings and defaults, on the command line or in a YAML file."""
 import argparse
 import difflib
-from typing import Any, Dict, List, Optional
+import os
+import sys
+from typing import Any, Dict, Iterable, List, Optional
 
+import torch
 import yaml
 from timm import utils
 
-from validate import check_folder, refuse_left_out, resolve_device
-
-# Flags of timm's train.py that this script leaves out, with timm's defaults: a config file may hold these.
-LEFT_OUT = {
+# Flags of timm's train.py that are not supported here, with timm's defaults: a config file may hold these.
+UNSUPPORTED = {
     'task': 'classification', 'target-format': None, 'multilabel-threshold': 0.5, 'class-stats': None,
     'loss-class-weight': None, 'loss-pos-weight': None, 'loss-weight-power': None, 'poly-epsilon': 2., 'poly-gamma': 0.,
     'torchscript': False, 'fuser': '', 'device-modules': None, 'synchronize-step': False, 'local-rank': 0,
@@ -92,7 +93,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add = parser.add_argument_group('Optimiser').add_argument
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch of one process')
     add('-vb', '--validation-batch-size', type=int, metavar='N', help='batch size in validation')
-    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches to an update')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches accumulated per optimiser step')
     add('--opt', default='sgd', metavar='NAME', help='optimiser')
     add('--opt-eps', type=float, metavar='EPS', help='epsilon')
     add('--opt-betas', type=float, nargs='+', metavar='BETA', help='betas')
@@ -172,7 +173,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Distillation').add_argument
     add('--kd-model-name', metavar='NAME', help='teacher, loaded with its released weights')
-    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what to learn from it')
+    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what of it to match')
     add('--kd-loss-type', default='kl', choices=('kl',), help='loss on logits')
     add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='loss on the distillation token')
     add('--kd-temperature', type=float, default=4., metavar='T', help='temperature')
@@ -195,17 +196,53 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--no-prefetcher', action='store_true', help='normalise and mix images outside of the prefetcher')
     add('--log-interval', type=int, default=50, metavar='N', help='batches between two lines of a log')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
-    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what to be best in')
+    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
+        help='metric that selects the best checkpoint')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='epochs to keep checkpoints of')
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='keep the state after N epochs for good')
-    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints within an epoch')
+    add('--recovery-interval', type=int, default=0, metavar='N',
+        help='optimiser steps between checkpoints within an epoch')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME', help='its project')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run')
     add('--wandb-resume-id', default='', metavar='ID', help='run to go on with')
-    for flag in LEFT_OUT:
+    for flag in UNSUPPORTED:
         add(f'--{flag}', nargs='*', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def refuse_unsupported(
+        parser: argparse.ArgumentParser,
+        args: argparse.Namespace,
+        flags: Iterable[str],
+        script: str,
+) -> None:
+    """End with an error if a flag was given that only timm's script of this name supports."""
+    given = [f'--{flag}' for flag in flags if hasattr(args, flag.replace('-', '_'))]
+    if given:
+        parser.error(
+            f"{', '.join(given)}: left out of this script. timm's {script} has it, and runs with these "
+            f'models as `python -m timm_ssm /path/to/timm/{script} ...`')
+
+
+def resolve_device(name: Optional[str]) -> str:
+    if name is None:
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        sys.exit(f'--device {name}: there is no CUDA device here; use --device cpu')
+    return name
+
+
+def uses_soft_targets(args: argparse.Namespace) -> bool:
+    """Whether mixup or cutmix turns class indices into a share for each class."""
+    return bool(args.mixup or args.cutmix or args.cutmix_minmax)
+
+
+def check_folder(path: Optional[str], dataset: str) -> None:
+    if not dataset and not (path and os.path.exists(path)):
+        sys.exit(
+            f'no dataset at {path!r}: give a folder with one folder of images per class, a tar file of the same, or '
+            f'another reader with --dataset')
 
 
 def parse_config(path: str) -> Dict[str, Any]:
@@ -227,15 +264,15 @@ def parse_config(path: str) -> Dict[str, Any]:
                  for key in unknown]
         parser.error(f"unknown keys: {', '.join(hints)}")
 
-    left_out = {flag.replace('-', '_'): default for flag, default in LEFT_OUT.items()}
+    unsupported = {flag.replace('-', '_'): default for flag, default in UNSUPPORTED.items()}
     nulls, line = {}, []
     for key, value in config.items():
         flag = '--' + key.replace('_', '-')
-        if value is False or key in left_out and value == left_out[key]:
+        if value is False or key in unsupported and value == unsupported[key]:
             continue  # off, as every flag is that is not given
         elif value is None:
             nulls[key] = None
-        elif value is True and key not in left_out and parser.get_default(key) is False:
+        elif value is True and key not in unsupported and parser.get_default(key) is False:
             line.append(flag)
         elif isinstance(value, dict):
             line += [flag, *(f'{k}={v!r}' for k, v in value.items())]
@@ -244,17 +281,18 @@ def parse_config(path: str) -> Dict[str, Any]:
         else:
             line.append(f'{flag}={value}')
     args = parser.parse_args(line)
-    refuse_left_out(parser, args, LEFT_OUT)
+    refuse_unsupported(parser, args, UNSUPPORTED, 'train.py')
     return {**{key: getattr(args, key) for key in config if hasattr(args, key)}, **nulls}
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = make_parser()
+def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> argparse.Namespace:
+    """The arguments of a training run, checked as far as that goes without its data and model."""
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
     if args.config:
         parser.set_defaults(**parse_config(args.config))
         args = parser.parse_args(argv)
-    refuse_left_out(parser, args, LEFT_OUT)
+    refuse_unsupported(parser, args, UNSUPPORTED, 'train.py')
     args.data_dir = args.data or args.data_dir
     check_folder(args.data_dir, args.dataset)
     args.device = resolve_device(args.device)
@@ -271,7 +309,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         parser.error('--sched none: it is the schedule that applies --layer-decay')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the run to look for')
-    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+    if uses_soft_targets(args) and args.batch_size % 2:
         parser.error(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch')
     if args.aug_repeats and not utils.is_distributed_env():
         parser.error('--aug-repeats spreads an image over processes: it needs torchrun')

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -13,24 +12,15 @@ import torch.nn.functional as F
 from timm.models import load_checkpoint, register_model, save_for_hf
 from torch import nn
 
-import train
-import validate
-from tests.test_train import MODEL_KWARGS, PLAIN, images_of
+from timm_ssm.training import train, validate
 
-ROOT = Path(__file__).parents[1]
+from .utils import MODEL_KWARGS, PLAIN, ROOT, images_of
+
 MODEL = [
     '--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{k}={v}' for k, v in MODEL_KWARGS.items()),
     '--img-size', '8', '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--num-classes', '10', '--crop-pct', '1',
 ]
 FLAGS = ['--device', 'cpu', '--workers', '0', '--batch-size', '16']
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,1 @@
+"""Training and evaluation: what train.py, validate.py, `timm-ssm train` and `timm-ssm validate` run."""

@@ -1,0 +1,216 @@
+"""What a run trains and validates on: datasets, loaders, mixup, and the order and randomness of batches."""
+import argparse
+import logging
+import math
+import sys
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from timm import utils
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from .arguments import uses_soft_targets
+
+_logger = logging.getLogger(__name__)
+
+
+def seed_all(*key: int) -> None:
+    """Seed every random generator from a tuple of integers."""
+    utils.random_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def resolve_data(args: argparse.Namespace, model: nn.Module, **kwargs) -> Dict[str, Any]:
+    """How to prepare images: timm's data config, with a mean and a deviation for each channel that there is."""
+    config = resolve_data_config(vars(args), model=model, **kwargs)
+    in_chans = config['input_size'][0]
+    for key in ('mean', 'std'):
+        values = config[key]
+        config[key] = tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+    _logger.info('Images: ' + ', '.join(f'{k} {v}' for k, v in config.items()))
+    return config
+
+
+def dataset_kwargs(args: argparse.Namespace, in_chans: int) -> Dict[str, Any]:
+    """The arguments of timm's create_dataset that training and validation share."""
+    return dict(
+        root=args.data_dir,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+
+
+def create_datasets(args: argparse.Namespace, in_chans: int) -> Tuple[Dataset, Optional[Dataset]]:
+    """The training dataset and, with a validation split, the one to validate on."""
+    kwargs = dict(batch_size=args.batch_size, **dataset_kwargs(args, in_chans))
+    train = create_dataset(
+        args.dataset, split=args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples, **kwargs)
+    val = create_dataset(
+        args.dataset, split=args.val_split, num_samples=args.val_num_samples, **kwargs) if args.val_split else None
+
+    # timm takes the whole of DATA where it finds no folder of a split, and numbers classes by the folders it finds
+    readers = [getattr(dataset, 'reader', None) for dataset in (train, val) if dataset is not None]
+    classes = [getattr(reader, 'class_to_idx', None) or {} for reader in readers]
+    if len(classes[0]) > args.num_classes:
+        sys.exit(f'--num-classes {args.num_classes}: the dataset has {len(classes[0])} classes')
+    if val is not None and not args.dataset:
+        for reader, split in zip(readers, (args.train_split, args.val_split)):
+            if reader.root == args.data_dir:
+                sys.exit(f'there is no folder {split!r} in {args.data_dir}; without validation, give --val-split ""')
+        if classes[0] != classes[1]:
+            sys.exit(f'the splits have different classes: {sorted(set(classes[0]) ^ set(classes[1]))[:10]}')
+    return train, val
+
+
+class TrainBatches:
+    """The training batches of any epoch, from any batch on.
+
+    What is drawn for the images of a batch, by the step on it and by loading processes, depends on seed, process, epoch
+    and batch only. So there is no state to save: resuming within an epoch means to load, and drop, the batches before.
+
+    Args:
+        loader: Yields inputs and targets.
+        args: Its seed, rank, channels_last and mixup_off_epoch are used.
+        device: Where the batches go.
+        mixup_fn: Mixes batches, if anything does.
+        mix_in_loader: It is part of the loader, as its collate function.
+    """
+
+    def __init__(
+            self,
+            loader: Iterable,
+            args: argparse.Namespace,
+            device: torch.device,
+            mixup_fn: Optional[Mixup] = None,
+            mix_in_loader: bool = False,
+    ):
+        self.loader = loader
+        self.args = args
+        self.device = device
+        self.mixup_fn = mixup_fn
+        self.mix_in_loader = mix_in_loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser steps in an epoch."""
+        return math.ceil(len(self) / self.args.grad_accum_steps)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[int, torch.Tensor, torch.Tensor]]:
+        """Number and yield the batches of an epoch from `start` on, with the generators in a state of their own."""
+        for part in (self.loader.dataset, self.loader.sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
+        if self.mixup_fn is not None and self.args.mixup_off_epoch:
+            self.mixup_fn.mixup_enabled = epoch < self.args.mixup_off_epoch
+
+        key = self.args.seed, self.args.rank, epoch
+        seed_all(*key, 0)
+        iterator = iter(self.loader)
+        for i in range(len(self.loader)):
+            seed_all(*key, 2 * i + 1)
+            input, target = next(iterator)
+            if i < start:
+                continue
+            seed_all(*key, 2 * i + 2)
+            input, target = input.to(self.device), target.to(self.device)
+            if self.mixup_fn is not None and not self.mix_in_loader:
+                input, target = self.mixup_fn(input, target)
+            if self.args.channels_last:
+                input = input.contiguous(memory_format=torch.channels_last)
+            yield i, input, target
+
+
+class Data(NamedTuple):
+    """What a run trains and validates on."""
+    train: TrainBatches
+    eval: Optional[Iterable]  # a loader; none without validation
+    eval_samples: Optional[int]  # what this process counts of it; the rest is padding. None: everything
+    class_to_idx: Dict[str, int]  # empty where the dataset knows no names
+
+
+def create_mixup(args: argparse.Namespace) -> Optional[Mixup]:
+    if not uses_soft_targets(args):
+        return None
+    mixup_class = Mixup if args.no_prefetcher else FastCollateMixup
+    return mixup_class(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def create_data(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Data:
+    """Datasets, loaders and mixup, as the arguments ask and the model's data config needs."""
+    dataset_train, dataset_eval = create_datasets(args, data_config['input_size'][0])
+    mixup_fn = create_mixup(args)
+    mix_in_loader = not args.no_prefetcher
+    kwargs = dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        persistent_workers=False,  # started anew each epoch, from the seed of the epoch
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        distributed=args.distributed,
+        device=device,
+    )
+    loader_train = create_loader(
+        dataset_train,
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
+        collate_fn=mixup_fn if mix_in_loader else None,
+        worker_seeding=args.worker_seeding,
+        **kwargs,
+    )
+    if not len(loader_train):
+        sys.exit(f'--batch-size {args.batch_size}: the {len(dataset_train)} training images do not fill one batch')
+    loader_eval = eval_samples = None
+    if dataset_eval is not None:
+        loader_eval = create_loader(
+            dataset_eval,
+            batch_size=args.validation_batch_size or args.batch_size,
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            **kwargs,
+        )
+        if args.distributed and not isinstance(dataset_eval, IterableDataset):
+            eval_samples = len(range(args.rank, len(dataset_eval), args.world_size))
+    return Data(
+        TrainBatches(loader_train, args, device, mixup_fn, mix_in_loader),
+        loader_eval,
+        eval_samples,
+        getattr(getattr(dataset_train, 'reader', None), 'class_to_idx', None) or {},
+    )

@@ -1,0 +1,123 @@
+"""What a run says of itself: lines, progress bars, summary.csv and Weights & Biases."""
+import argparse
+import csv
+import logging
+import os
+import sys
+import time
+from typing import Any, Dict, Iterable, Iterator, List
+
+from timm import utils
+from tqdm import tqdm
+
+from .checkpoints import atomic_write
+
+_logger = logging.getLogger(__name__)
+
+
+def setup_logging(primary: bool = True) -> None:
+    """Plain lines; of several processes only the first one informs, all warn."""
+    logging.basicConfig(format='%(message)s')
+    logging.root.setLevel(logging.INFO if primary else logging.WARNING)
+    logging.getLogger('httpx').setLevel(logging.WARNING)  # the Hub's client
+
+
+def show_progress(batches: Iterable, num_batches: int, title: str, log_interval: int) -> Iterator:
+    """Pass batches on, with a progress bar on a terminal and a line every `log_interval` batches elsewhere."""
+    if sys.stderr.isatty():
+        yield from tqdm(batches, total=num_batches, desc=title, leave=False, unit='batch')
+        return
+    images, start = 0, time.perf_counter()
+    for i, batch in enumerate(batches, 1):
+        yield batch
+        images += len(batch[1])
+        if i % log_interval == 0 or i == num_batches:
+            _logger.info(f'{title} [{i:>4d}/{num_batches}]  {images / (time.perf_counter() - start):.1f} img/s')
+
+
+class EpochLog:
+    """Progress within a training epoch: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, args: argparse.Namespace, epoch: int, num_batches: int, start: int):
+        self.epoch = epoch
+        self.num_batches = num_batches
+        self.bar = tqdm(
+            total=num_batches, initial=start, desc=f'Epoch {epoch}', unit='batch', leave=False,
+            disable=not (utils.is_primary(args) and sys.stderr.isatty()))
+        self.images = 0
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> 'EpochLog':
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def count(self, images: int) -> None:
+        self.images += images
+        self.bar.update()
+
+    def show(self, done: int, text: str) -> None:
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            speed = self.images / (time.perf_counter() - self.start)
+            _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed:.1f} img/s')
+
+
+class Summary:
+    """summary.csv, a row for each epoch; rows of epochs that a resumed run is going to repeat are dropped."""
+
+    def __init__(self, path: str, start_epoch: int):
+        self.path = path
+        self.rows: List[Dict[str, Any]] = []
+        if start_epoch and os.path.exists(path):
+            with open(path, newline='') as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row['epoch']) < start_epoch]
+
+    def add(self, row: Dict[str, Any]) -> None:
+        self.rows.append(row)
+        with atomic_write(self.path, 'w', newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in self.rows for key in r)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class RunLog:
+    """The record of a run: args.yaml, classes.txt, a row for each epoch in summary.csv and to Weights & Biases.
+
+    Args:
+        args: Arguments of the run.
+        folder: Folder of the run; made if need be.
+        start_epoch: Epoch that the run starts or goes on with.
+        args_text: The arguments as the user gave them, for another run.
+        class_to_idx: Names of classes, if they have any.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            folder: str,
+            start_epoch: int,
+            args_text: str,
+            class_to_idx: Dict[str, int],
+    ):
+        os.makedirs(folder, exist_ok=True)
+        with atomic_write(os.path.join(folder, 'args.yaml'), 'w') as f:
+            f.write(args_text)
+        if class_to_idx:
+            with atomic_write(os.path.join(folder, 'classes.txt'), 'w') as f:
+                f.write('\n'.join(sorted(class_to_idx, key=class_to_idx.get)) + '\n')
+        self.summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
+        self.wandb = None
+        if args.log_wandb:
+            import wandb
+            wandb.init(
+                project=args.wandb_project, name=os.path.basename(folder), config=vars(args), tags=args.wandb_tags,
+                **(dict(id=args.wandb_resume_id, resume='must') if args.wandb_resume_id else {}))
+            self.wandb = wandb
+
+    def add(self, row: Dict[str, Any]) -> None:
+        self.summary.add(row)
+        if self.wandb is not None:
+            self.wandb.log(row)
+        _logger.info('  '.join(f'{k} {v:.6g}' for k, v in row.items()))

@@ -1,0 +1,152 @@
+"""The loop over training batches."""
+import argparse
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple
+
+import torch
+from timm import utils
+from timm.task import TrainingTask
+
+from .data import TrainBatches
+from .log import EpochLog
+from .optim import create_autocast, create_loss_scaler
+
+
+class Progress(NamedTuple):
+    """How far training is: batches done of an epoch, and the sum of their losses."""
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.
+
+
+class NotFinite(Exception):
+    """Training met a loss or a weight that is infinite or not a number."""
+
+
+class Trainer:
+    """The training loop, and all the state that it changes.
+
+    Args:
+        args: Arguments of the run.
+        task: Model and loss.
+        optimizer: Of the task's parameters.
+        scheduler: timm's schedule, or None.
+        batches: What to train on.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            task: TrainingTask,
+            optimizer: torch.optim.Optimizer,
+            scheduler: Any,
+            batches: TrainBatches,
+    ):
+        self.args = args
+        self.task = task
+        self.model = task.get_trainable_module()  # not wrapped for compilation or several processes
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.batches = batches
+        self.autocast = create_autocast(args)
+        self.loss_scaler = create_loss_scaler(args)
+        self.clip_parameters = partial(task.get_clip_parameters, exclude_head=args.clip_mode == 'agc')
+
+    def num_updates(self, progress: Progress) -> int:
+        return progress.epoch * self.batches.num_updates + progress.batch // self.args.grad_accum_steps
+
+    def train_epoch(self, start: Progress, save_recovery: Callable[[Progress], None]) -> float:
+        """Train to the end of an epoch.
+
+        Args:
+            start: Where in the epoch to start.
+            save_recovery: Called every `--recovery-interval` updates.
+
+        Returns:
+            The mean loss of the epoch.
+
+        Raises:
+            NotFinite: A loss is infinite or not a number.
+        """
+        args, task, optimizer = self.args, self.task, self.optimizer
+        accum, num_batches, loss_sum = args.grad_accum_steps, len(self.batches), start.loss_sum
+        num_updates = self.num_updates(start)
+        losses: List[torch.Tensor] = []  # not yet read from the device
+        task.train()
+        optimizer.zero_grad()
+        with EpochLog(args, start.epoch, num_batches, start.batch) as log:
+            for i, input, target in self.batches.epoch(start.epoch, start.batch):
+                done = i + 1
+                update = done % accum == 0 or done == num_batches
+                # the last update of an epoch may have fewer batches
+                losses.append(self.backward(input, target, min(accum, num_batches - i // accum * accum), update))
+                if update:
+                    num_updates += 1
+                    optimizer.zero_grad()
+                    task.update_ema(step=num_updates)
+                    if self.scheduler is not None:
+                        self.scheduler.step_update(num_updates=num_updates)
+                log.count(len(input) * args.world_size)
+
+                recover = (
+                    update and done < num_batches and args.recovery_interval
+                    and num_updates % args.recovery_interval == 0)
+                if done % args.log_interval == 0 or done == num_batches or recover:
+                    # only here does the loop wait for the device
+                    values = self.read_losses(losses, start.epoch, done)
+                    losses.clear()
+                    for value in values:
+                        loss_sum += value
+                    lr = optimizer.param_groups[-1]['lr']
+                    log.show(done, f'loss {values[-1]:.4f} ({loss_sum / done:.4f})  lr {lr:.3e}')
+                if recover:
+                    save_recovery(Progress(start.epoch, done, loss_sum))
+        if hasattr(optimizer, 'sync_lookahead'):
+            optimizer.sync_lookahead()
+        return loss_sum / num_batches
+
+    def backward(self, input: torch.Tensor, target: torch.Tensor, accumulated: int, update: bool) -> torch.Tensor:
+        """The loss of a batch and its gradient, one of `accumulated` for an optimiser step, which `update` takes."""
+        args = self.args
+        create_graph = getattr(self.optimizer, 'is_second_order', False)
+        with nullcontext() if update else self.task.no_sync():
+            with self.autocast():
+                loss = self.task(input, target)['loss']
+            scaled = loss / accumulated
+            if self.loss_scaler is not None:
+                self.loss_scaler(
+                    scaled, self.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+                    parameters=self.clip_parameters(), create_graph=create_graph, need_update=update)
+            else:
+                scaled.backward(create_graph=create_graph)
+                if update:
+                    if args.clip_grad is not None:
+                        utils.dispatch_clip_grad(self.clip_parameters(), args.clip_grad, mode=args.clip_mode)
+                    self.optimizer.step()
+        return loss.detach()
+
+    def read_losses(self, losses: List[torch.Tensor], epoch: int, done: int) -> List[float]:
+        """The values of the latest losses, averaged over processes."""
+        values = torch.stack(losses)
+        if self.args.distributed:
+            values = utils.reduce_tensor(values, self.args.world_size)
+        for batch, value in enumerate(values.tolist(), done - len(losses)):
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f'loss is {value} at epoch {epoch}, batch {batch} of {len(self.batches)} '
+                    f'(update {epoch * self.batches.num_updates + batch // self.args.grad_accum_steps})')
+        return values.tolist()
+
+    def check_weights(self, when: str) -> None:
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise NotFinite(f'weights are not finite after {when}')
+
+    def state(self, epoch: int) -> Dict[str, Any]:
+        """What a checkpoint holds, under timm's names."""
+        args, scaler = self.args, self.loss_scaler
+        return dict(
+            epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=self.optimizer.state_dict(),
+            **({} if scaler is None else {scaler.state_dict_key: scaler.state_dict()}),
+            **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))

@@ -1,0 +1,80 @@
+"""The model that the arguments of training or validation describe."""
+import argparse
+import logging
+from typing import Any, Dict
+
+import torch
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
+from torch import nn
+
+_logger = logging.getLogger(__name__)
+
+
+def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
+    """Constructor arguments that give the model the image size and channels asked for.
+
+    Size and channels may be asked for by `--input-size`, by `--img-size` and `--in-chans`, or in `--model-kwargs`. The
+    first two only set the size of the images in timm; a model built for one size needs to know it too, and the images
+    need to know the size in `--model-kwargs`. On return `args.input_size`, `img_size` and `in_chans` agree with it.
+    """
+    kwargs = dict(args.model_kwargs)
+    if args.input_size:
+        in_chans, *size = args.input_size
+    else:
+        in_chans, size = args.in_chans or kwargs.get('in_chans'), args.img_size or kwargs.get('img_size')
+        size = [size, size] if isinstance(size, int) else size
+    if in_chans:
+        kwargs['in_chans'] = args.in_chans = in_chans
+    if size:
+        args.input_size = [in_chans or 3, *size]
+        source, name = parse_model_name(args.model)
+        cfg = None if source or not is_model(name) else get_pretrained_cfg(args.model, allow_unregistered=True)
+        if cfg is not None and cfg.fixed_input_size:
+            kwargs.setdefault('img_size', tuple(size))
+    return kwargs
+
+
+def build_model(args: argparse.Namespace, device: torch.device, load_weights: bool = True) -> nn.Module:
+    """The model to train, on the device.
+
+    Args:
+        args: Arguments of training; `num_classes` is set to the model's.
+        device: Where to put it.
+        load_weights: Start from the weights asked for; a resumed run has its own.
+    """
+    if args.fast_norm:
+        set_fast_norm()
+    overlay = dict(args.pretrained_cfg_overlay)
+    if args.pretrained_path:
+        overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: fit the head
+    model = create_model(
+        args.model,
+        pretrained=load_weights and bool(args.pretrained or args.pretrained_path),
+        pretrained_cfg_overlay=overlay or None,
+        checkpoint_path=args.initial_checkpoint if load_weights else '',
+        num_classes=args.num_classes,
+        global_pool=args.gp,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
+        drop_block_rate=args.drop_block,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        **resolve_input(args),
+    )
+    args.num_classes = model.num_classes
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            for p in model.get_classifier().parameters():
+                p.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            model.get_classifier().bias.fill_(args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
+    return model

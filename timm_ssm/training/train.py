@@ -1,0 +1,142 @@
+"""Training, from the arguments to the last checkpoint: `main`, in the order in which things happen."""
+import argparse
+import logging
+import os
+import sys
+import time
+from datetime import datetime
+from typing import Dict, List, Optional
+
+import torch
+import yaml
+from timm import utils
+from timm.models import safe_model_name
+from timm.task import TrainingTask
+from torch import nn
+
+import timm_ssm  # noqa: F401  registers the models
+
+from .arguments import parse_args
+from .checkpoints import Checkpoints
+from .data import Data, create_data, resolve_data, seed_all
+from .evaluation import evaluate
+from .log import RunLog, setup_logging, show_progress
+from .loop import NotFinite, Progress, Trainer
+from .model import build_model
+from .optim import create_optimizer, create_scheduler
+from .resume import find_resume_point, restore
+from .tasks import create_task, wrap_task
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> TrainingTask:
+    """Train a model as the command line says; returns the task with the trained model."""
+    args = parse_args(argv, prog)
+    args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    device = setup_process(args)
+    primary = utils.is_primary(args)
+    run_name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    checkpoints = Checkpoints(os.path.join(args.output, run_name), args.checkpoint_hist, args.eval_metric == 'loss')
+    resume = find_resume_point(args, checkpoints)
+
+    # the model goes before the data: image size, normalisation and number of classes are its, unless given
+    seed_all(args.seed)
+    model = build_model(args, device, load_weights=resume is None)
+    data_config = resolve_data(args, model)
+    model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])  # teachers go by these
+    data = create_data(args, data_config, device)
+
+    task = create_task(args, model, device)
+    optimizer = create_optimizer(args, task.get_trainable_module())
+    scheduler, stop_epoch = create_scheduler(args, optimizer, data.train.num_updates)
+    trainer = Trainer(args, task, optimizer, scheduler, data.train)
+
+    progress = restore(args, trainer, resume)
+    eval_model = wrap_task(args, task, device)
+    if primary:
+        log = RunLog(args, checkpoints.folder, progress.epoch, args_text, data.class_to_idx)
+        if resume and resume.same_run:
+            checkpoints.continue_from(resume.path, resume.state)
+
+    def save_recovery(progress: Progress) -> None:
+        trainer.check_weights(f'epoch {progress.epoch}, batch {progress.batch - 1}')
+        if primary:
+            checkpoints.save_recovery(dict(trainer.state(progress.epoch), **progress._asdict()))
+
+    _logger.info(f'Epochs {progress.epoch} to {stop_epoch - 1}, {data.train.num_updates} updates each.')
+    start = time.perf_counter()
+    try:
+        for epoch in range(progress.epoch, stop_epoch):
+            train_loss = trainer.train_epoch(progress, save_recovery)
+            trainer.check_weights(f'epoch {epoch}')
+            sync_batch_norms(args, eval_model)
+            progress = Progress(epoch + 1)
+
+            row, metric = dict(epoch=epoch, train_loss=train_loss), train_loss
+            if data.eval is not None:
+                metric = None
+                if progress.epoch % args.val_interval == 0 or progress.epoch in (stop_epoch, *args.save_epochs):
+                    metrics = validate(args, trainer, eval_model, data)
+                    row.update({f'eval_{name}': value for name, value in metrics.items()})
+                    metric = metrics[args.eval_metric]
+            row['lr'] = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+            if scheduler is not None:
+                scheduler.step(progress.epoch, metric)
+
+            if primary:
+                log.add(row)  # before the checkpoint: a row without one is dropped on resuming
+                checkpoints.save(trainer.state(epoch), metric)
+                if progress.epoch in args.save_epochs:
+                    checkpoints.copy_last(f'milestone-{progress.epoch}')
+    except NotFinite as e:
+        last_good = checkpoints.latest()
+        sys.exit(1 if not primary else (
+            f'Training stopped: the {e}. '
+            + (f'The last good checkpoint is {last_good}. ' if last_good else 'There is no checkpoint yet. ')
+            + 'A lower --lr, a longer warm-up, --clip-grad, or float32 or bfloat16 instead of float16 may help.'))
+
+    _logger.info(f'Done in {time.perf_counter() - start:.1f} s.')
+    if checkpoints.history:
+        epoch, metric = checkpoints.history[0]
+        _logger.info(f'Best {args.eval_metric} {metric:.4f}, epoch {epoch}: {checkpoints.path("model_best")}')
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+    return task
+
+
+def setup_process(args: argparse.Namespace) -> torch.device:
+    """Join the other processes, if there are any, and choose this one's device; sets `args.rank` and its like."""
+    device = utils.init_distributed_device(args)
+    setup_logging(utils.is_primary(args))
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+        torch.backends.cudnn.benchmark = True
+    _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
+    return device
+
+
+def sync_batch_norms(args: argparse.Namespace, model: nn.Module) -> None:
+    """Give all processes the same batch norm statistics."""
+    if args.distributed and args.dist_bn and not args.sync_bn:
+        utils.distribute_bn(model, args.world_size, reduce=args.dist_bn == 'reduce')
+
+
+def validate(args: argparse.Namespace, trainer: Trainer, model: nn.Module, data: Data) -> Dict[str, float]:
+    """Validate the model, and then, for the metrics to go by, the average of its weights if there is one."""
+
+    def measure(model: nn.Module) -> Dict[str, float]:
+        batches = show_progress(data.eval, len(data.eval), 'Validation', args.log_interval)
+        return evaluate(
+            model, batches, trainer.task.device, trainer.autocast, args.channels_last, data.eval_samples,
+            args.distributed)
+
+    metrics = measure(model)
+    if args.model_ema and not args.model_ema_force_cpu:
+        sync_batch_norms(args, trainer.task.get_trainable_module(ema=True))
+        metrics = measure(trainer.task.get_eval_model(ema=True))
+    return metrics
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,285 @@
+"""Validation of models on an image dataset, with the flags of timm's validate.py."""
+import argparse
+import csv
+import glob
+import json
+import logging
+import os
+import sys
+from typing import Any, Dict, List, Optional
+
+import torch
+from timm import utils
+from timm.data import create_dataset, create_loader
+from timm.layers import set_fast_norm
+from timm.models import create_model, is_model, list_models, load_checkpoint, parse_model_name
+
+import timm_ssm  # noqa: F401  registers the models
+
+from .arguments import check_folder, refuse_unsupported, resolve_device
+from .data import dataset_kwargs, resolve_data
+from .evaluation import evaluate
+from .log import setup_logging, show_progress
+from .model import resolve_input
+from .optim import create_autocast
+
+_logger = logging.getLogger(__name__)
+
+# Flags of timm's validate.py that are not supported here.
+UNSUPPORTED = (
+    'torchscript', 'aot-autograd', 'fuser', 'reparam', 'test-pool', 'tf-preprocessing', 'num-gpu', 'model-dtype',
+    'real-labels', 'valid-labels', 'metrics-avg', 'naflex-loader', 'naflex-max-seq-len', 'task', 'target-format',
+    'multilabel-threshold',
+)
+
+
+def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage='%(prog)s [DATA] [--model NAME ...] [--checkpoint PATH] [flags]',
+        description='Measure the accuracy of models on an image dataset.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    group = parser.add_argument_group('Dataset')
+    add = group.add_argument
+    add('data', nargs='?', metavar='DATA', help='dataset folder or tar file (also as --data-dir)')
+    add('--data-dir', metavar='DIR', help='dataset folder or tar file')
+    add('--dataset', default='', metavar='NAME', help='reader and name, as hfds/NAME; empty for folders and tar files')
+    add('--split', default='validation', metavar='NAME', help='dataset split')
+    add('--num-samples', type=int, metavar='N', help='number of images, for iterable datasets that do not know it')
+    add('--dataset-download', action='store_true', help='download torch/ and tfds/ datasets')
+    add('--dataset-trust-remote-code', action='store_true', help='let a Hugging Face dataset run its own code')
+    add('--class-map', default='', metavar='FILE', help='text file that maps class names to indices')
+    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)')
+    add('--input-key', metavar='KEY', help='dataset key of the images')
+    add('--target-key', metavar='KEY', help='dataset key of the labels')
+
+    group = parser.add_argument_group('Model', 'What is not given is taken from the checkpoint, then from the model.')
+    add = group.add_argument
+    add('--model', '-m', nargs='+', metavar='NAME', help='model names, wildcards, or a text file with a name a line')
+    add('--pretrained', action='store_true', help='load the released weights (the default without --checkpoint)')
+    add('--checkpoint', default='', metavar='PATH', help='a checkpoint, or a folder of checkpoints')
+    add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
+    add('--num-classes', type=int, metavar='N', help='number of classes')
+    add('--img-size', type=int, metavar='N', help='image size')
+    add('--in-chans', type=int, metavar='N', help='image channels')
+    add('--input-size', nargs=3, type=int, metavar='N', help='image size as channels height width')
+    add('--use-train-size', action='store_true', help="the cfg's training size even where it has a test size")
+    add('--crop-pct', type=float, metavar='PCT', help='size of the centre crop over that of the resized image')
+    add('--crop-mode', metavar='MODE', help='squash, border or center')
+    add('--crop-border-pixels', type=int, metavar='N', help='pixels to cut off every border first')
+    add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
+    add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
+    add('--interpolation', metavar='NAME', help='bilinear, bicubic, ...')
+    add('--gp', metavar='POOL', help='global pooling')
+    add('--model-kwargs', nargs='*', action=utils.ParseKwargs, metavar='K=V', help="the model's constructor arguments")
+
+    group = parser.add_argument_group('Running')
+    add = group.add_argument
+    add('-b', '--batch-size', type=int, default=256, metavar='N', help='batch size; halved while memory runs out')
+    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
+    add('--amp', action='store_true', help='run in mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+    add('--no-prefetcher', action='store_true', help='normalise images in the loading processes')
+    add('--pin-mem', action='store_true', help='pin memory for faster transfer to the GPU')
+    add('--log-freq', type=int, default=10, metavar='N', help='batches between two lines of a log')
+    add('--results-file', default='', metavar='FILE', help='write the results here')
+    add('--results-format', default='csv', choices=('csv', 'json'), help='format of --results-file')
+    add('--seed', type=int, default=42, metavar='N', help='random seed')
+    # timm retries a single model only when it is told to; running out of memory is always worth another try
+    add('--retry', action='store_true', help=argparse.SUPPRESS)
+    for flag in UNSUPPORTED:
+        add(f'--{flag}', nargs='*', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def checkpoint_args(path: str) -> Dict[str, Any]:
+    """The arguments of train.py or timm's train.py that a checkpoint was written under; none for other files."""
+    if not path.endswith(('.pth.tar', '.pth', '.pt')):
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    args = checkpoint.get('args') or {}
+    return vars(args) if isinstance(args, argparse.Namespace) else args
+
+
+def validate(args: argparse.Namespace) -> Dict[str, Any]:
+    """Measure one model: `args` as parsed, with `model` one name or None and `checkpoint` one file or ''."""
+    trained = checkpoint_args(args.checkpoint) if args.checkpoint else {}
+    if args.model is None:
+        args.model = trained.get('model')
+    if args.model is None:
+        sys.exit(f'--model is needed: {args.checkpoint or "no --checkpoint"} does not say which model it is')
+    if args.model == trained.get('model'):
+        if args.img_size is None and args.input_size is None:
+            args.input_size = trained.get('input_size')
+            args.img_size = trained.get('img_size')
+        for key in ('num_classes', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation', 'gp', 'model_kwargs'):
+            if getattr(args, key) is None:
+                setattr(args, key, trained.get(key))
+    args.model_kwargs = args.model_kwargs or {}
+    device = torch.device(args.device)
+    utils.random_seed(args.seed)
+    if args.fast_norm:
+        set_fast_norm()
+
+    model = create_model(
+        args.model,
+        pretrained=args.pretrained or not args.checkpoint,
+        num_classes=args.num_classes,
+        global_pool=args.gp,
+        **resolve_input(args),
+    )
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    param_count = sum(p.numel() for p in model.parameters())
+    _logger.info(f'{args.model}: {param_count:,} parameters')
+    data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
+
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
+    dataset = create_dataset(
+        args.dataset, split=args.split, num_samples=args.num_samples,
+        **dataset_kwargs(args, data_config['input_size'][0]))
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        crop_border_pixels=args.crop_border_pixels,
+        num_workers=args.workers,
+        persistent_workers=False,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        device=device,
+    )
+    metrics = evaluate(
+        model,
+        show_progress(loader, len(loader), args.model, args.log_freq),
+        device,
+        create_autocast(args),
+        channels_last=args.channels_last,
+    )
+    return dict(
+        model=args.model,
+        **({'checkpoint': args.checkpoint} if args.checkpoint else {}),
+        top1=round(metrics['top1'], 4),
+        top1_err=round(100 - metrics['top1'], 4),
+        top5=round(metrics['top5'], 4),
+        top5_err=round(100 - metrics['top5'], 4),
+        loss=round(metrics['loss'], 6),
+        param_count=round(param_count / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+    )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def validate_within_memory(args: argparse.Namespace) -> Dict[str, Any]:
+    """`validate`, again with a smaller batch each time memory runs out."""
+    batch_size = args.batch_size
+    while True:
+        try:
+            return validate(argparse.Namespace(**{**vars(args), 'batch_size': batch_size}))
+        except (RuntimeError, MemoryError) as e:
+            smaller = utils.decay_batch_step(batch_size)
+            if not (ran_out_of_memory(e) and smaller):
+                raise
+            _logger.warning(f'Out of memory with batches of {batch_size}; trying {smaller}.')
+            batch_size = smaller
+        if args.device.startswith('cuda'):
+            torch.cuda.empty_cache()  # here, where the error and with it the tensors of its frames are gone
+
+
+def find_models(args: argparse.Namespace) -> List[Dict[str, str]]:
+    """What to measure: a model or a checkpoint, or several of one of them."""
+    if os.path.isdir(args.checkpoint):
+        if args.model and len(args.model) > 1:
+            sys.exit('--checkpoint with a folder goes with one --model')
+        files = [f for kind in ('pth.tar', 'pth', 'safetensors') for f in glob.glob(f'{args.checkpoint}/*.{kind}')]
+        if not files:
+            sys.exit(f'--checkpoint {args.checkpoint}: no .pth.tar, .pth or .safetensors file in this folder')
+        return [dict(model=args.model and args.model[0], checkpoint=f) for f in sorted(files, key=utils.natural_key)]
+    if args.checkpoint and not os.path.isfile(args.checkpoint):
+        sys.exit(f'--checkpoint {args.checkpoint}: no such file or folder')
+    names = []
+    for name in args.model or []:
+        if os.path.isfile(name):
+            with open(name) as f:
+                names += f.read().split()
+        elif parse_model_name(name)[0] or is_model(name):
+            names.append(name)
+        else:
+            found = list_models(name, pretrained=True)
+            if not found:
+                sys.exit(f'--model {name}: no model of this name, and none with released weights that it matches')
+            names += found
+    if args.checkpoint and len(names) > 1:
+        sys.exit('--checkpoint with a file goes with one --model')
+    return [dict(model=name, checkpoint=args.checkpoint) for name in names or [None]]
+
+
+def write_results(path: str, results: List[Dict[str, Any]], format: str) -> None:
+    with open(path, 'w', newline='') as f:
+        if format == 'json':
+            json.dump(results, f, indent=4)
+        else:
+            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in results for key in r)))
+            writer.writeheader()
+            writer.writerows(results)
+
+
+def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[Dict[str, Any]]:
+    """Validate as the command line says; returns a row of results for each model, best first."""
+    setup_logging()
+    parser = make_parser(prog)
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args, UNSUPPORTED, 'validate.py')
+    args.data_dir = args.data_dir or args.data
+    check_folder(args.data_dir, args.dataset)
+    args.device = resolve_device(args.device)
+
+    jobs = find_models(args)
+    results, failed = [], []
+    for job in jobs:
+        try:
+            results.append(validate_within_memory(argparse.Namespace(**{**vars(args), **job})))
+        except Exception as e:
+            if len(jobs) == 1:
+                raise
+            failed.append(dict(job, error=f'{type(e).__name__}: {e}'))
+            _logger.error(f'{job}: {type(e).__name__}: {e}')
+    results.sort(key=lambda r: r['top1'], reverse=True)
+    results += failed
+    for r in results:
+        if 'error' not in r:
+            _logger.info(f" * Acc@1 {r['top1']:.3f} Acc@5 {r['top5']:.3f}  {r.get('checkpoint') or r['model']}")
+    if args.results_file:
+        write_results(args.results_file, results, args.results_format)
+    # as timm's script ends, for the tools that read it there
+    print(f'--result\n{json.dumps(results if len(jobs) > 1 else results[0], indent=4)}')
+    if failed:
+        sys.exit(f'{len(failed)} of {len(jobs)} models failed')
+    return results
+
+
+if __name__ == '__main__':
+    main()
