@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 
+from timm_ssm import env
+from timm_ssm.data.decode import DECODERS
 from timm_ssm.ops import backends, selective_scan
 
 from .ops.utils import scan_inputs
@@ -16,8 +18,16 @@ def test_env_names_versions_and_every_backend():
         [sys.executable, '-m', 'timm_ssm.env'], check=True, capture_output=True, text=True).stdout
     assert torch.__version__ in out
     lines = [line.split() for line in out.splitlines()]
-    for name in backends.BACKENDS:
+    for name in (*backends.BACKENDS, *DECODERS):
         assert any(line[:1] == [name] and line[1].startswith(('available', 'not')) for line in lines), name
+
+
+def test_env_says_why_torchcodec_does_not_decode(capsys, monkeypatch):
+    monkeypatch.setattr(env, 'why_unavailable', {'pyav': None, 'torchcodec': 'Could not load libtorchcodec'}.get)
+    env.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert 'torchcodec     not available: Could not load libtorchcodec' in lines
+    assert 'pyav           available: decodes the test clip' in lines
 
 
 def test_slow_path_warns_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""What timm-ssm finds on this machine: versions, devices, and which kernels serve them.
+"""What timm-ssm finds on this machine: versions, devices, which kernels serve them, and what decodes videos.
 
     python -m timm_ssm.env
 """
@@ -8,10 +8,11 @@ from typing import Dict
 
 import torch
 
+from .data.decode import DECODERS, why_unavailable
 from .ops.backends import FORCED, backend_report
 from .version import __version__
 
-PACKAGES = ('timm', 'triton', 'mamba_ssm', 'causal_conv1d')
+PACKAGES = ('timm', 'triton', 'mamba_ssm', 'causal_conv1d', 'av', 'torchcodec')
 
 
 def versions() -> Dict[str, str]:
@@ -46,6 +47,10 @@ def main() -> None:
               f'{"; serves " + serves if serves else ""}')
     if FORCED:
         print(f'TIMM_SSM_BACKEND={FORCED} takes the choice from them')
+    print('\ndecoders of videos, the first by default')
+    for name in DECODERS:
+        reason = why_unavailable(name)
+        print(f'{name:<14} {"not available: " + reason if reason else "available: decodes the test clip"}')
 
 
 if __name__ == '__main__':
