@@ -297,28 +297,20 @@ class FrameFolder:
     Args:
         folder: The folder.
         num_frames: Number of frames.
-        pattern: Name of a file by its number, which is that of the frame plus `first`.
-        first: Number of the first file.
-        fps: Frames per second that they were extracted at.
+        pattern: Name of a file by its number, which counts from 1, or from 0 if that is there.
     """
 
-    def __init__(
-            self,
-            folder: str,
-            num_frames: int,
-            pattern: str = 'img_{:05}.jpg',
-            first: int = 1,
-            fps: float = 30.,
-    ):
+    def __init__(self, folder: str, num_frames: int, pattern: str = 'img_{:05}.jpg'):
         self.folder = folder
         self.num_frames = num_frames
         self.pattern = pattern
-        self.first = first
-        self.fps = fps
+        self.first = 0 if os.path.exists(os.path.join(folder, pattern.format(0))) else 1
 
     @property
     def times(self) -> np.ndarray:
-        return np.arange(self.num_frames) / self.fps
+        raise ValueError(f'{self.folder}: a folder of frames does not say when each is shown; sample by frames')
+
+    fps = times
 
     def read(self, frames: Sequence[int]) -> torch.Tensor:
         """As `Video.read`."""
