@@ -345,16 +345,16 @@ def test_channels_last():
 
 def test_scan_is_float32_under_autocast(monkeypatch):
     """The scan's activations are float32 under autocast, the projections around it bfloat16."""
-    import timm_ssm.layers.ssm as ssm
+    import timm_ssm.layers.mixer as scans
     model, x = small().train(), torch.randn(2, 3, 64, 64)
-    scan, seen = ssm.selective_scan, []
+    scan, seen = scans.selective_scan, []
 
     def spy(u, delta, A, B, C, *args, **kwargs):
         out = scan(u, delta, A, B, C, *args, **kwargs)
         seen.append({t.dtype for t in (u, delta, A, B, C, out)})
         return out
 
-    monkeypatch.setattr(ssm, 'selective_scan', spy)
+    monkeypatch.setattr(scans, 'selective_scan', spy)
     mixer = model.stages[0].blocks[0].mixer.mixers[1]
     mixer.in_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     want = model(x)

@@ -48,3 +48,13 @@ def test_train_step_and_state_dict(name):
         maps = model.forward_intermediates(x, intermediates_only=True)
     assert [m.shape for m in maps] == [(2, f['num_chs'], 64 // f['reduction'], 64 // f['reduction'])
                                        for f in model.feature_info]
+
+
+@pytest.mark.parametrize('name', ['mambavision_tiny', 'groupmamba_tiny', 'stable_groupmamba_small'])
+def test_symbolic_trace(name):
+    """Plain torch.fx, without timm's leaf functions, takes the whole model; the graph takes another batch size."""
+    model = tiny(name).eval()
+    graph = torch.fx.symbolic_trace(model)
+    for batch in (1, 2):
+        x = torch.randn(batch, 3, 64, 64)
+        torch.testing.assert_close(graph(x), model(x))

@@ -76,9 +76,10 @@ def test_every_parameter_learns(name):
 
 @pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_trace_and_script(name):
-    """FX finds the blocks, TorchScript gives the same numbers, gradient checkpointing the same gradients."""
+    """FX traces it and finds the blocks, TorchScript gives the same numbers, checkpointing the same gradients."""
     model, x = tiny(name, scriptable=True).eval(), batch(name)
     want = model(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), want)
     blocks = create_feature_extractor(model, {'blocks.1': 'x', 'head': 'y'})(x)
     torch.testing.assert_close(blocks['y'], want)
     torch.testing.assert_close(torch.jit.script(model)(x), want, rtol=1e-4, atol=1e-5)

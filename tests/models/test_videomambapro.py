@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
-from timm_ssm.layers import BiMamba
-from timm_ssm.models.videomambapro import MIXER_MODES, checkpoint_filter_fn
+from timm_ssm.models.videomambapro import MIXER_MODES, VideoMambaProMixer, checkpoint_filter_fn
 from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
 
 from .utils import assert_close, load_reference
@@ -21,7 +20,7 @@ def small(**kwargs):
 def test_released_mixers(mode):
     """Through the mixer's arguments and through the model's."""
     _, weights, reference = load_reference(f'videomambapro_mixer_{mode}')
-    mixers = [BiMamba(32, residual=True, **MIXER_MODES[mode]), small(mixer_mode=mode).blocks[1].mixer]
+    mixers = [VideoMambaProMixer(32, **MIXER_MODES[mode]), small(mixer_mode=mode).blocks[1].mixer]
     for mixer in mixers:
         mixer.load_state_dict(weights, strict=True)
         with torch.no_grad():
@@ -93,8 +92,8 @@ def test_checkpoint_tells_its_mode(mode, tmp_path):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="mixer_mode: got 'v3', needs 'paper', 'v1' or 'v2'"):
         small(mixer_mode='v3')
-    with pytest.raises(ValueError, match="share: got 'A', needs '', 'x_proj' or 'all'"):
-        BiMamba(32, share='A')
+    with pytest.raises(ValueError, match="tie_reverse: got 'A', needs '', 'x_proj' or 'all'"):
+        VideoMambaProMixer(32, tie_reverse='A')
     with pytest.raises(ValueError, match='checkpoint: it is not of'):
         checkpoint_filter_fn(timm.create_model('test_vit').state_dict(), small())
 

@@ -1,8 +1,9 @@
 """Mixers and blocks that several families share."""
 from .bimamba import BiMamba
+from .mixer import ScanInputs, ScanMixer, bidirectional_scan, float32_scan, scan, scan_mixers
 from .norm import LayerNorm, RmsNorm
 from .patch_embed import PatchEmbed, resample_patch_kernel
-from .ssm import CausalConv1d, DtProj, at_least_float32, float32_scan, init_dt, log_decay_init, state_decay
+from .ssm import CausalConv1d, DtProj, at_least_float32, init_A_log, init_dt, state_decay
 
 __all__ = [
     'BiMamba',
@@ -11,10 +12,15 @@ __all__ = [
     'LayerNorm',
     'PatchEmbed',
     'RmsNorm',
+    'ScanInputs',
+    'ScanMixer',
     'at_least_float32',
+    'bidirectional_scan',
     'float32_scan',
+    'init_A_log',
     'init_dt',
-    'log_decay_init',
     'resample_patch_kernel',
+    'scan',
+    'scan_mixers',
     'state_decay',
 ]

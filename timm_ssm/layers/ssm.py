@@ -1,13 +1,14 @@
 """Parameters that every Mamba mixer has."""
 import math
-from contextlib import nullcontext
 
 import torch
 from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import causal_conv1d, selective_scan
+from ..ops import causal_conv1d
+
+torch.fx.wrap('causal_conv1d')  # torch.fx records its calls instead of tracing into it
 
 
 class DtProj(nn.Linear):
@@ -42,43 +43,20 @@ def init_dt(proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None
         proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
-def log_decay_init(A_log: nn.Parameter) -> None:
+def init_A_log(A_log: nn.Parameter) -> None:
     """Fill A_log (D, N) so that state n decays at rate n + 1 (S4D-Real, https://arxiv.org/abs/2206.11893)."""
     with torch.no_grad():
         n = torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device)
         A_log.copy_(n.log().expand_as(A_log))
 
 
-@register_notrace_function
 def state_decay(A_log: torch.Tensor) -> torch.Tensor:
     """A = -exp(A_log), in float32 at least."""
     return -torch.exp(at_least_float32(A_log))
 
 
+@torch.fx.wrap
 @register_notrace_function
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x, in float32 if it is of a half precision."""
     return x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
-
-
-@register_notrace_function
-def float32_scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor,
-        delta_bias: torch.Tensor,
-        reverse: bool = False,
-) -> torch.Tensor:
-    """`ops.selective_scan` of activations in float32 at least, under autocast too. Returns that dtype."""
-    u, delta = at_least_float32(u), at_least_float32(delta)
-    B, C = at_least_float32(B), at_least_float32(C)
-    if torch.jit.is_scripting():
-        return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)
-    else:
-        device = u.device.type
-        autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta knows no autocast
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)

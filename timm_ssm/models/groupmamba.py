@@ -21,7 +21,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, regi
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DtProj, float32_scan, init_dt, log_decay_init, state_decay
+from ..layers import DtProj, ScanInputs, ScanMixer, float32_scan, init_A_log, init_dt, state_decay
 from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
@@ -29,7 +29,7 @@ from ._hierarchical import HierarchicalModel
 __all__ = ['GroupMamba']
 
 
-class GroupScan(nn.Module):
+class GroupScan(ScanMixer):
     """Visual single selective scan (VSSS): a depthwise convolution and a gated scan of the map in one direction.
 
     The scan has one state a channel and is float32 under autocast too, as in the authors' code.
@@ -67,29 +67,39 @@ class GroupScan(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters that are this module's own, A and D."""
-        log_decay_init(self.A_log)
+        init_A_log(self.A_log)
         nn.init.ones_(self.D)
 
     def init_dt(self) -> None:
         """Initialise the step sizes as Mamba does."""
         init_dt(self.dt_proj)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)"""
+    def project(self, x: torch.Tensor) -> List[ScanInputs]:
+        """(B, H, W, dim) -> what the scan is given, and the gate (B, H, W, dim) as bypass."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
         # The tokens are laid out in the order of the scan. Whatever follows concerns single tokens, and the gate reads
         # the columns through a view, so that nothing is copied on the way back.
         x = x.permute(0, 3, 2, 1) if self.column_major else x.permute(0, 2, 3, 1)
-        B, rows, cols, C = x.shape
-        x = x.reshape(B, rows * cols, C).contiguous()
-        dt, B_t, C_t = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
-        y = float32_scan(
-            x, self.dt_proj(dt), state_decay(self.A_log), B_t, C_t, self.D, self.dt_proj.bias, self.reverse)
-        y = self.norm(y.to(self.norm.weight.dtype)).reshape(B, rows, cols, C)
+        x = x.flatten(1, 2).contiguous()
+        dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
+        return [ScanInputs(
+            x, self.dt_proj(dt), state_decay(self.A_log), B, C, self.D, None, self.dt_proj.bias,
+            reverse=self.reverse, bypass=z)]
+
+    def restore(self, y: torch.Tensor, direction: int, shape: List[int]) -> torch.Tensor:
+        """As `ScanMixer.restore`."""
         if self.column_major:
-            y = y.transpose(1, 2)
-        return self.out_proj(F.silu(z) * y)
+            return y.unflatten(1, [shape[2], shape[1]]).transpose(1, 2)
+        return y.unflatten(1, [shape[1], shape[2]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)"""
+        inputs = self.project(x)[0]
+        z = inputs.bypass
+        assert z is not None
+        y = self.norm(float32_scan(inputs).to(self.norm.weight.dtype))
+        return self.out_proj(F.silu(z) * self.restore(y, 0, x.shape))
 
 
 class MapAttention(nn.Module):

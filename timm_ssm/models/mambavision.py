@@ -36,18 +36,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._compat import update_model_input_size
-from ..layers import DtProj, log_decay_init, state_decay
-from ..ops import causal_conv1d, selective_scan
+from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, scan, state_decay
+from ..ops import causal_conv1d
 from ._builder import build_model_with_cfg
 from ._checkpoints import check_fits, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
+
+torch.fx.wrap('causal_conv1d')
 
 __all__ = ['MambaVision']
 
 Size2 = Union[int, Tuple[int, int]]
 
 
-class MambaVisionMixer(nn.Module):
+class MambaVisionMixer(ScanMixer):
     """Scan one half of the channels, only convolve the other, and mix both."""
 
     def __init__(
@@ -82,19 +84,25 @@ class MambaVisionMixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters that are this module's own, A and D."""
-        log_decay_init(self.A_log)
+        init_A_log(self.A_log)
         nn.init.ones_(self.D)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, dim) -> (B, L, dim)"""
+    def project(self, x: torch.Tensor) -> List[ScanInputs]:
+        """(B, L, dim) -> what the scan is given, and the other half of the channels as bypass."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = causal_conv1d(x, self.conv1d_x.weight.squeeze(1), centered=True)
         z = causal_conv1d(z, self.conv1d_z.weight.squeeze(1), centered=True)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        # The authors' code adds dt_proj's bias in the projection and again in the scan, and the weights are used to it.
+        # The authors' code adds dt_proj's bias in the projection and again in the scan; the weights were trained so.
         dt_bias = 2 * self.dt_proj.bias
-        y = selective_scan(x, self.dt_proj(dt), state_decay(self.A_log), B, C, self.D, delta_bias=dt_bias)
-        return self.out_proj(torch.cat([y, z], dim=-1))
+        return [ScanInputs(x, self.dt_proj(dt), state_decay(self.A_log), B, C, self.D, None, dt_bias, bypass=z)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, dim) -> (B, L, dim)"""
+        inputs = self.project(x)[0]
+        z = inputs.bypass
+        assert z is not None
+        return self.out_proj(torch.cat([scan(inputs), z], dim=-1))
 
 
 class MambaVisionBlock(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..layers import BiMamba, RmsNorm
 from ._builder import build_isotropic
-from .videomamba import VideoMamba, checkpoint_filter_fn
+from ._isotropic import IsotropicMamba, checkpoint_filter_fn
 
 __all__ = ['StableMamba']
 
@@ -63,7 +63,7 @@ class StableMambaLayer(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class StableMamba(VideoMamba):
+class StableMamba(IsotropicMamba):
     """StableMamba, for images and clips."""
 
     def __init__(
@@ -77,7 +77,7 @@ class StableMamba(VideoMamba):
             num_heads: Optional[int] = None,
             **kwargs,
     ) -> None:
-        """Take the arguments of `VideoMamba` and these.
+        """Take the arguments of `IsotropicMamba` and these.
 
         Args:
             mlp_ratio: Hidden width of the MLPs over embed_dim.

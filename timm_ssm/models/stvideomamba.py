@@ -17,17 +17,25 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import BiMamba, LayerNorm, state_decay
-from ..ops import causal_conv1d, selective_scan
+from ..layers import BiMamba, LayerNorm, ScanInputs, scan
+from ..ops import causal_conv1d
 from ._builder import build_isotropic
 from ._checkpoints import StateDict, check_fits, unwrap_state_dict
-from .videomamba import MambaBlock, VideoMamba, adapt_patch_embed, check_weight_init, rename_authors
-from .vim import class_token_first
+from ._isotropic import (
+    IsotropicMamba,
+    MambaBlock,
+    adapt_patch_embed,
+    check_weight_init,
+    class_token_first,
+    rename_authors,
+)
+
+torch.fx.wrap('causal_conv1d')
 
 __all__ = ['STVideoMamba']
 
 
-class STBiMamba(BiMamba):
+class STMixer(BiMamba):
     """Bidirectional Mamba mixer whose reverse branch visits the patches spatially or temporally reversed.
 
     The class token, first in the sequence, is the last that the reverse branch visits, whatever the order: as the first
@@ -53,21 +61,22 @@ class STBiMamba(BiMamba):
         patches = patches.flip(1) if self.spatial else patches.flip(2)
         return torch.cat((x[:, :1], patches.flatten(1, 2)), dim=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, dim) -> (B, L, dim)"""
+    def project(self, x: torch.Tensor) -> List[ScanInputs]:
+        """(B, L, dim) -> what the forward scan and the reverse one, over reordered tokens, are given."""
         xz = self.in_proj(x)
         x, z = xz.chunk(2, dim=-1)
         x_b, z_b = self._reorder(xz).chunk(2, dim=-1)
-        split = [self.dt_rank, self.d_state, self.d_state]
-        x = self.conv1d(x)
-        dt, B, C = self.x_proj(x).split(split, dim=-1)
-        y = selective_scan(
-            x, self.dt_proj(dt), state_decay(self.A_log), B, C, self.D, z, self.dt_proj.bias)
         x_b = causal_conv1d(x_b, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, reverse=True)
-        dt, B, C = self.x_proj_b(x_b).split(split, dim=-1)
-        y_b = selective_scan(
-            x_b, self.dt_proj_b(dt), state_decay(self.A_b_log), B, C, self.D_b, z_b, self.dt_proj_b.bias, reverse=True)
-        return self.out_proj(y + self._reorder(y_b))
+        return [self.forward_inputs(self.conv1d(x), z), self.reverse_inputs(x_b, z_b)]
+
+    def restore(self, y: torch.Tensor, direction: int, shape: List[int]) -> torch.Tensor:
+        """As `ScanMixer.restore`."""
+        return self._reorder(y) if direction == 1 else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, dim) -> (B, L, dim)"""
+        inputs = self.project(x)
+        return self.out_proj(scan(inputs[0]) + self._reorder(scan(inputs[1])))
 
 
 def sinusoidal_pos_embed(length: int, dim: int, device: Optional[torch.device] = None) -> torch.Tensor:
@@ -79,7 +88,7 @@ def sinusoidal_pos_embed(length: int, dim: int, device: Optional[torch.device] =
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :dim].unsqueeze(0)
 
 
-class STVideoMamba(VideoMamba):
+class STVideoMamba(IsotropicMamba):
     """ST-VideoMamba, for clips."""
 
     def __init__(
@@ -94,7 +103,7 @@ class STVideoMamba(VideoMamba):
             dtype=None,
             **kwargs,
     ) -> None:
-        """Take the arguments of `VideoMamba` and these.
+        """Take the arguments of `IsotropicMamba` and these.
 
         Args:
             reverse_order: What the reverse scan reverses: 'spatiotemporal' all tokens, 'spatial' the patches within
@@ -112,7 +121,7 @@ class STVideoMamba(VideoMamba):
         frames = num_frames // tubelet_size
         mixer = BiMamba
         if reverse_order != 'spatiotemporal':
-            mixer = partial(STBiMamba, frames=frames, order=reverse_order)
+            mixer = partial(STMixer, frames=frames, order=reverse_order)
         super().__init__(
             *args,
             num_frames=num_frames,

@@ -11,27 +11,97 @@ implementation from the paper. The mixers of the authors' released code differ f
 `create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file=...))`.
 """
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
+from ..layers import BiMamba, ScanInputs, state_decay
+from ..ops import bidirectional_causal_conv1d
 from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
-from .videomamba import MambaBlock, VideoMamba
-from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
+from ._isotropic import IsotropicMamba, MambaBlock
+from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
+
+torch.fx.wrap('bidirectional_causal_conv1d')
 
 __all__ = ['VideoMambaPro']
 
-# What a mode means for BiMamba; the residual scan is common to all.
+
+class VideoMambaProMixer(BiMamba):
+    """Bidirectional Mamba mixer with residual scans, the diagonal of the reverse one masked."""
+
+    def __init__(
+            self,
+            dim: int,
+            tie_reverse: str = 'x_proj',
+            scan_input: bool = False,
+            residual: bool = True,
+            mask_diagonal: bool = True,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            dim: Width of the tokens.
+            tie_reverse: What the reverse branch takes from the forward one: '' for nothing, 'x_proj' for the projection
+                alone, 'all' for the convolution's output, B, C, dt and D, so that A alone is its own.
+            scan_input: Scan the input projection itself instead of the convolution's output, which then only leads to
+                B, C and dt.
+            residual: Start both scans from their first token instead of zero.
+            mask_diagonal: Leave a token's own contribution out of the reverse scan.
+            kwargs: Arguments of `BiMamba`.
+        """
+        if tie_reverse not in ('', 'x_proj', 'all'):
+            raise ValueError(f"tie_reverse: got {tie_reverse!r}, needs '', 'x_proj' or 'all'")
+        super().__init__(dim, **kwargs)
+        self.scan_input = scan_input
+        self.residual = residual
+        self.mask_diagonal = mask_diagonal
+        if tie_reverse:
+            self.x_proj_b = None
+        if tie_reverse == 'all':
+            self.conv1d_b = self.dt_proj_b = self.D_b = None
+
+    def project(self, x: torch.Tensor) -> List[ScanInputs]:
+        """(B, L, dim) -> what the forward and the reverse scan are given."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.conv1d_b is None:
+            c = c_b = self.conv1d(x)
+        else:
+            c, c_b = bidirectional_causal_conv1d(
+                x, (self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)),
+                (self.conv1d.bias, self.conv1d_b.bias))
+        split = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = self.x_proj(c).split(split, dim=-1)
+        dt = self.dt_proj(dt)
+        D_b = self.D_b
+        if self.dt_proj_b is not None and D_b is not None:
+            x_proj_b = self.x_proj_b(c_b) if self.x_proj_b is not None else self.x_proj(c_b)
+            dt_b, B_b, C_b = x_proj_b.split(split, dim=-1)
+            dt_b, dt_bias_b = self.dt_proj_b(dt_b), self.dt_proj_b.bias
+        else:
+            dt_b, B_b, C_b, D_b, dt_bias_b = dt, B, C, self.D, self.dt_proj.bias
+        if self.scan_input:
+            c = c_b = x
+        return [
+            ScanInputs(
+                c, dt, state_decay(self.A_log), B, C, self.D, z, self.dt_proj.bias, residual=self.residual),
+            ScanInputs(
+                c_b, dt_b, state_decay(self.A_b_log), B_b, C_b, D_b, z, dt_bias_b, reverse=True,
+                residual=self.residual, mask_diagonal=self.mask_diagonal),
+        ]
+
+
+# What a mode means for the mixer; the residual scan is common to all.
 MIXER_MODES = {
-    'paper': dict(share='x_proj', mask_diagonal=True),
-    'v1': dict(share='all', scan_conv=False, mask_diagonal=True),
-    'v2': dict(scan_conv=False, mask_diagonal=False),
+    'paper': dict(tie_reverse='x_proj', mask_diagonal=True),
+    'v1': dict(tie_reverse='all', scan_input=True, mask_diagonal=True),
+    'v2': dict(tie_reverse='', scan_input=True, mask_diagonal=False),
 }
 
 
-class VideoMambaPro(VideoMamba):
+class VideoMambaPro(IsotropicMamba):
     """VideoMambaPro, for images and clips."""
 
     def __init__(
@@ -42,7 +112,7 @@ class VideoMambaPro(VideoMamba):
             mask_diagonal: Optional[bool] = None,
             **kwargs,
     ) -> None:
-        """Take the arguments of `VideoMamba` and these.
+        """Take the arguments of `IsotropicMamba` and these.
 
         Args:
             mixer_mode: 'paper': two sets of convolution, dt_proj, A and D and one x_proj, which is what gives the
@@ -57,7 +127,7 @@ class VideoMambaPro(VideoMamba):
         mixer = dict(MIXER_MODES[mixer_mode], residual=residual)
         if mask_diagonal is not None:
             mixer['mask_diagonal'] = mask_diagonal
-        super().__init__(*args, block_fn=partial(MambaBlock, **mixer), **kwargs)
+        super().__init__(*args, block_fn=partial(MambaBlock, mixer_layer=VideoMambaProMixer, **mixer), **kwargs)
         self.mixer_mode = mixer_mode
 
 
@@ -79,7 +149,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMambaPro, inflation:
         raise ValueError(
             f'checkpoint: it has the parameters of mixer_mode {mode!r}, the model those of {model.mixer_mode!r}: '
             f'build the model with mixer_mode={mode!r}')
-    return videomamba_filter_fn(state_dict, model, inflation)
+    return isotropic_filter_fn(state_dict, model, inflation)
 
 
 def _create_videomambapro(variant: str, pretrained: bool = False, **kwargs) -> VideoMambaPro:

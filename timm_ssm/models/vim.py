@@ -16,21 +16,24 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
+from ..layers import BiMamba, bidirectional_scan
 from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
-from .videomamba import MambaBlock, VideoMamba
-from .videomamba import checkpoint_filter_fn as videomamba_filter_fn
+from ._isotropic import IsotropicMamba, MambaBlock, class_token_first
+from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
 
 __all__ = ['Vim']
 
 
-def class_token_first(x: torch.Tensor) -> torch.Tensor:
-    """Move the class token of (B, 1 + M, C), which stands behind M // 2 patches, to the front."""
-    middle = (x.shape[1] - 1) // 2
-    return torch.cat((x[:, middle:middle + 1], x[:, :middle], x[:, middle + 1:]), dim=1)
+class VimMixer(BiMamba):
+    """Bidirectional Mamba mixer that averages its two directions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, dim) -> (B, L, dim)"""
+        return self.out_proj(bidirectional_scan(self.project(x)) / 2)
 
 
-class Vim(VideoMamba):
+class Vim(IsotropicMamba):
     """Vision Mamba.
 
     The class token is first in all that goes in and out of the model, position embedding included; only the blocks
@@ -38,8 +41,8 @@ class Vim(VideoMamba):
     """
 
     def __init__(self, *args, **kwargs) -> None:
-        """Take the arguments of `VideoMamba`."""
-        super().__init__(*args, block_fn=partial(MambaBlock, average=True), **kwargs)
+        """Take the arguments of `IsotropicMamba`."""
+        super().__init__(*args, block_fn=partial(MambaBlock, mixer_layer=VimMixer), **kwargs)
 
     def _arrange(self, x: torch.Tensor) -> torch.Tensor:
         middle = (x.shape[1] - 1) // 2
@@ -54,7 +57,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
     state_dict = unwrap_state_dict(state_dict)
     if 'norm_f.weight' in state_dict and 'pos_embed' in state_dict:  # the authors' keep the class row in the middle
         state_dict['pos_embed'] = class_token_first(state_dict['pos_embed'])
-    return videomamba_filter_fn(state_dict, model)
+    return isotropic_filter_fn(state_dict, model)
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs) -> Vim:
