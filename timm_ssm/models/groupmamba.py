@@ -306,8 +306,8 @@ class GroupMamba(HierarchicalModel):
             embed_dims: Channels of each stage, multiples of 4.
             depths: Blocks of each stage.
             mlp_ratios: Hidden width of the MLPs over the channels, of each stage.
-            attn_every: Every so many blocks of a stage but the first, self-attention replaces the scan of one channel
-                group, of the next group each time; 0 for no attention.
+            attn_every: Interval, in blocks of a stage other than the first, at which self-attention replaces the scan
+                of one channel group, of the next group each time; 0 for no attention.
             distillation: Have a second head, for a teacher's labels.
             drop_rate: Dropout before the heads.
             drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first.

@@ -1,6 +1,6 @@
 """StableMamba: VideoMamba's bidirectional mixer with attention interleaved, and an MLP in every block.
 
-Paper: `Distillation-free Scaling of Large SSMs for Images and Videos` - https://arxiv.org/abs/2409.11867
+Paper: `StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos` - https://arxiv.org/abs/2409.11867
 
 No code or weights are public. Equations (4) to (6) of the paper are kept: blocks of seven Mamba layers and one
 Transformer layer in the middle, both of the same shape, and VideoMamba's stem and tokens. The paper gives parameter
@@ -115,7 +115,8 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'paper_name': 'Distillation-free Scaling of Large SSMs for Images and Videos', 'paper_ids': 'arXiv:2409.11867',
+        'paper_name': 'StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos',
+        'paper_ids': 'arXiv:2409.11867',
         **kwargs,
     }
 

@@ -191,7 +191,7 @@ def _expand_pos_embed(pos_embed: torch.Tensor, model: STVideoMamba, method: str)
 
 
 def _source_grid(tokens: int, model: STVideoMamba) -> Tuple[int, int]:
-    """Rows and columns of patches in each frame of a checkpoint's position embedding over so many patches.
+    """Rows and columns of patches in each frame of a checkpoint's position embedding over `tokens` patches.
 
     They are those of the img_size published with it (in the model_args of its config.json), or else those of the model
     or of as many square frames as the model has; if that leaves a choice, those of the pretrained cfg's input_size.
