@@ -181,7 +181,7 @@ def view_boxes(height: int, width: int, size: int, crops: Optional[int]) -> List
 
 
 def resize_like_opencv(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear resizing of (..., C, H, W) uint8 on integers, as OpenCV's on the CPU: weights of 11 bits, no antialias."""
+    """Bilinear resizing of (..., C, H, W) uint8 on integers, as OpenCV does: weights of 11 bits, no antialias."""
     H, W = clip.shape[-2:]
     if (H, W) == (2 * height, 2 * width):
         quads = clip.int().unflatten(-1, (width, 2)).unflatten(-3, (height, 2)).sum((-1, -3), dtype=torch.int32)
