@@ -2,6 +2,7 @@
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -27,6 +28,13 @@ class BuildKernels(build_ext):
             super().build_extension(ext)
 
 
+class BuildWheel(bdist_wheel):
+    """Tags the wheel as good for every Python: the kernels know none."""
+
+    def get_tag(self) -> tuple:
+        return 'py3', 'none', super().get_tag()[2]
+
+
 kernels = Extension(
     'timm_ssm.ops.backends._native',
     sources=['csrc/native.cpp'],
@@ -38,4 +46,4 @@ kernels = Extension(
     extra_link_args=['-fopenmp'] if sys.platform != 'win32' else [],
     optional=True,
 )
-setup(ext_modules=[kernels], cmdclass={'build_ext': BuildKernels})
+setup(ext_modules=[kernels], cmdclass={'bdist_wheel': BuildWheel, 'build_ext': BuildKernels})
