@@ -78,3 +78,14 @@ def packets(path) -> list:
     """Position and size in the file of each video packet, in the file's order."""
     with av.open(str(path)) as container:
         return [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+
+
+def write_dataset(root, classes: Sequence[str] = ('a', 'b'), videos: int = 4, num_frames: int = 12, **kwargs) -> str:
+    """Videos in folders by class, `videos` of each; frame t of video i of a class shows the number 16 i + t."""
+    for number, name in enumerate(classes):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(videos):
+            frames = [numbered_frame((16 * i + t) % 256, seed=number) for t in range(num_frames)]
+            write_video(folder / f'{i}.mp4', frames=frames, options=dict(bf='2', g='6', preset='ultrafast'), **kwargs)
+    return str(root)

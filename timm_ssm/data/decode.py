@@ -13,12 +13,13 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
-from typing import Deque, Dict, Optional, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 
 Source = Union[str, os.PathLike, bytes]
+Each = Callable[[torch.Tensor], torch.Tensor]
 
 DECODERS = ('pyav', 'torchcodec')
 
@@ -150,7 +151,7 @@ def load_index(source: Source, cache: Optional[str] = None) -> VideoIndex:
     return index
 
 
-def _read_pyav(source: Source, index: VideoIndex, wanted: np.ndarray, threads: int) -> torch.Tensor:
+def _read_pyav(source: Source, index: VideoIndex, wanted: np.ndarray, threads: int, each: Each) -> torch.Tensor:
     """Frames (T, C, H, W) by ascending, distinct numbers."""
     import av
     from av.video.reformatter import Interpolation, VideoReformatter
@@ -161,7 +162,8 @@ def _read_pyav(source: Source, index: VideoIndex, wanted: np.ndarray, threads: i
     def add(frame) -> None:
         # bicubic: what it does to the chroma of odd sizes is what torchcodec does
         image = reformatter.reformat(frame, format='rgb24', interpolation=Interpolation.BICUBIC).to_ndarray()
-        images.append(np.rot90(image, round(frame.rotation / 90)))
+        image = torch.from_numpy(np.rot90(image, round(frame.rotation / 90)).copy()).permute(2, 0, 1)
+        images.append(each(image))
         todo.popleft()
 
     try:
@@ -184,9 +186,15 @@ def _read_pyav(source: Source, index: VideoIndex, wanted: np.ndarray, threads: i
             back = 2 * back + 1 if len(todo) == before else 0
     except (av.FFmpegError, OSError) as e:
         raise _error(source, e) from e
-    if len({image.shape for image in images}) > 1:
+    return _stack(images, source)
+
+
+def _stack(frames: Sequence[torch.Tensor], source: Source) -> torch.Tensor:
+    if len({frame.shape for frame in frames}) > 1:
         raise _error(source, 'frames are not of one size')
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    if frames[0].is_contiguous():
+        return torch.stack(frames)
+    return torch.stack([frame.permute(1, 2, 0) for frame in frames]).permute(0, 3, 1, 2)  # they stay channels-last
 
 
 def _key_before(index: VideoIndex, frame: int) -> int:
@@ -225,12 +233,12 @@ def _seek_and_add(container, stream, index: VideoIndex, todo: Deque[int], key: i
             return
 
 
-def _read_torchcodec(source: Source, index: VideoIndex, wanted: np.ndarray, threads: int) -> torch.Tensor:
+def _read_torchcodec(source: Source, index: VideoIndex, wanted: np.ndarray, threads: int, each: Each) -> torch.Tensor:
     """As `_read_pyav`, which takes over the files that torchcodec fails on."""
     from torchcodec.decoders import VideoDecoder
 
     if not len(index.pts):
-        return _read_pyav(source, index, wanted, threads)
+        return _read_pyav(source, index, wanted, threads, each)
     pts, keys = index.pts.tolist(), set(index.keys.tolist())
     lengths = [*np.diff(index.pts).tolist(), 1]
     mappings = json.dumps(dict(frames=[
@@ -241,14 +249,18 @@ def _read_torchcodec(source: Source, index: VideoIndex, wanted: np.ndarray, thre
             num_ffmpeg_threads=threads, custom_frame_mappings=mappings)
         batch = decoder.get_frames_at(wanted.tolist())
     except (RuntimeError, ValueError):
-        return _read_pyav(source, index, wanted, threads)
+        return _read_pyav(source, index, wanted, threads, each)
     unit = index.time_base[0] / index.time_base[1]
     if not np.allclose(batch.pts_seconds.numpy(), index.pts[wanted] * unit, rtol=0, atol=unit / 2):
-        return _read_pyav(source, index, wanted, threads)
-    return batch.data
+        return _read_pyav(source, index, wanted, threads, each)
+    return _stack([each(frame) for frame in batch.data], source)
 
 
 _READ = dict(pyav=_read_pyav, torchcodec=_read_torchcodec)
+
+
+def _as_it_is(frame: torch.Tensor) -> torch.Tensor:
+    return frame
 
 
 class Video:
@@ -272,11 +284,12 @@ class Video:
         """When each frame is shown, in seconds from the first."""
         return self.index.times
 
-    def read(self, frames: Sequence[int]) -> torch.Tensor:
+    def read(self, frames: Sequence[int], each: Each = _as_it_is) -> torch.Tensor:
         """Decode frames.
 
         Args:
             frames: Their numbers, in any order, repeated or not; negative ones count from the end.
+            each: What to do to every frame (3, height, width), which may spare the memory to hold all in full size.
 
         Returns:
             RGB (len(frames), 3, height, width) uint8, turned upright as the file says.
@@ -287,7 +300,7 @@ class Video:
         frames = resolve_numbers(frames, self.num_frames)
         wanted, places = np.unique(frames, return_inverse=True)
         threads = 0 if torch.utils.data.get_worker_info() is None else 1  # 0: as many as FFmpeg likes
-        images = _READ[self.decoder](self.source, self.index, wanted, threads)
+        images = _READ[self.decoder](self.source, self.index, wanted, threads, each)
         return images if np.array_equal(frames, wanted) else images[torch.from_numpy(places)]
 
 
@@ -312,22 +325,21 @@ class FrameFolder:
 
     fps = times
 
-    def read(self, frames: Sequence[int]) -> torch.Tensor:
+    def read(self, frames: Sequence[int], each: Each = _as_it_is) -> torch.Tensor:
         """As `Video.read`."""
         from PIL import Image
 
-        images: Dict[int, np.ndarray] = {}
+        images: Dict[int, torch.Tensor] = {}
         frames = resolve_numbers(frames, self.num_frames).tolist()
         for i in set(frames):
             path = os.path.join(self.folder, self.pattern.format(i + self.first))
             try:
                 with Image.open(path) as image:
-                    images[i] = np.asarray(image.convert('RGB'))
+                    pixels = np.array(image.convert('RGB'))
             except Exception as e:  # Pillow's readers raise anything on damaged files
                 raise ClipError(f'{path}: {e}') from e
-        if len({image.shape for image in images.values()}) > 1:
-            raise ClipError(f'{self.folder}: frames are not of one size')
-        return torch.from_numpy(np.stack([images[i] for i in frames])).permute(0, 3, 1, 2)
+            images[i] = each(torch.from_numpy(pixels).permute(2, 0, 1))
+        return _stack([images[i] for i in frames], self.folder)
 
 
 def resolve_numbers(frames: Sequence[int], num_frames: int) -> np.ndarray:

@@ -179,7 +179,7 @@ def long_windows(duration: float, length: float = 60., stride: float = 16.) -> L
     """Windows of a long video, as (start, end) in seconds; one of less than half the length is dropped."""
     if duration < length:
         return [(0., duration)]
-    ends = [(start, min(start + length, duration)) for start in np.arange(0., int(duration), stride).tolist()]
+    ends = [(start, min(start + length, duration)) for start in np.arange(0., max(int(duration), 1), stride).tolist()]
     return [(start, end) for start, end in ends if end == start + length or end - start >= length / 2]
 
 

@@ -144,19 +144,25 @@ class EvalTransform:
         self.size = size
         self.crops = crops
         self.short_side = size if crops else int(size / crop_pct)
-        self.resize = resize
+        self.method = resize
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         """Views (crops or 1, T, C, size, size) of a clip (T, C, H, W)."""
-        height, width = resized_size(*clip.shape[-2:], self.short_side)
-        if clip.shape[-2:] != (height, width):
-            if self.resize == 'opencv':
-                clip = resize_like_opencv(clip, height, width)
-            else:
-                clip = v2.functional.resize(clip.float(), [height, width], antialias=False).round_().byte()
-        return torch.stack([
-            clip[..., top:bottom, left:right]
-            for top, left, bottom, right in view_boxes(height, width, self.size, self.crops)])
+        return self.crop(self.resize(clip))
+
+    def resize(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (..., C, H, W), the short side resized."""
+        height, width = resized_size(*frames.shape[-2:], self.short_side)
+        if frames.shape[-2:] == (height, width):
+            return frames
+        if self.method == 'opencv':
+            return resize_like_opencv(frames, height, width)
+        return v2.functional.resize(frames.float(), [height, width], antialias=False).round_().byte()
+
+    def crop(self, frames: torch.Tensor) -> torch.Tensor:
+        """Views (crops or 1, ..., size, size) of resized frames."""
+        boxes = view_boxes(*frames.shape[-2:], self.size, self.crops)
+        return torch.stack([frames[..., top:bottom, left:right] for top, left, bottom, right in boxes])
 
 
 def resized_size(height: int, width: int, short_side: int) -> Tuple[int, int]:
