@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <limits>
 #include <utility>
 
 #if defined(__x86_64__)

@@ -88,7 +88,7 @@ struct alignas(64) Scratch {
     typedef R Block[BLOCK<R>];
     typedef R TileBuffer[CHUNK_SIZE * BLOCK<R>];
     TileBuffer dt, dtu, y, buffers[5];
-    Block D, bias, min_dt, max_dt, first;
+    Block D, bias, first;
     R *A, *h;  // (d_state, BLOCK); A is times log2(e)
 
     static int64_t bytes(const Scan& s) { return sizeof(Scratch) + 2 * s.d_state * sizeof(Block); }
@@ -143,27 +143,17 @@ INLINE Tile tile_of(const Scan& s, const Direction& d, int64_t batch, int64_t ch
 
 template <class R>
 INLINE void load_parameters(const Scan& s, const Direction& d, int64_t channel, int width, Scratch<R>* m) {
+    constexpr R MOST = std::numeric_limits<R>::max();
     const R* A = static_cast<const R*>(d.A) + channel * s.d_state;
     for (int c = 0; c < BLOCK<R>; c++) {
-        R least = -0., most = 0.;
         for (int64_t n = 0; n < s.d_state; n++) {
-            const R a = c < width ? A[c * s.d_state + n] * R(LOG2E) : 0;
-            m->A[n * BLOCK<R> + c] = a;
-            least = a < least ? a : least;
-            most = a > most ? a : most;
+            const R a = c < width ? A[c * s.d_state + n] : 0, scaled = a * R(LOG2E);
+            // a finite A must not become infinite, for dt may be 0
+            m->A[n * BLOCK<R> + c] = scaled > MOST && a <= MOST ? MOST : scaled < -MOST && a >= -MOST ? -MOST : scaled;
         }
-        // exp2 takes arguments up to 128. Where a state grows beyond that, it is infinite either way.
-        m->min_dt[c] = 128 / least;
-        m->max_dt[c] = 128 / most;
         m->D[c] = d.D && c < width ? static_cast<const R*>(d.D)[channel + c] : 0;
         m->bias[c] = d.bias && c < width ? static_cast<const R*>(d.bias)[channel + c] : 0;
     }
-}
-
-// dt within the limits of vector v's channels.
-template <class R>
-INLINE Vec<R> bounded(Vec<R> dt, const Scratch<R>* m, int v) {
-    return at_most(load(m->max_dt + v), at_least(load(m->min_dt + v), dt));
 }
 
 // Runs `call<K>(n)` for states n to n + K, with K a power of two of at most MAX.
@@ -240,7 +230,7 @@ static void forward_direction(
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
-                const Vec<R> dt = bounded(s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x, m, v);
+                const Vec<R> dt = s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x;
                 const Vec<R> skip = load(m->D + v) * ui;
                 store(m->dt + i * BLOCK<R> + v, dt);
                 store(m->dtu + i * BLOCK<R> + v, dt * ui);
@@ -262,7 +252,7 @@ static void forward_direction(
             for (int i = 0; i < tile.rows; i++) {
                 for (int v = 0; v < width; v += W) {
                     const Vec<R> gate = load(z[i] + v);
-                    store(out[i] + v, load(m->y + i * BLOCK<R> + v) * gate * sigmoid<R>(gate));
+                    store(out[i] + v, load(m->y + i * BLOCK<R> + v) * (gate * sigmoid<R>(gate)));
                 }
             }
             finish(s.out, tile, out);
@@ -421,7 +411,6 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
                     slope = dt > splat(R(20)) ? slope : sigmoid<R>(dt, e);
                     dt = softplus<R>(dt, e);
                 }
-                dt = bounded(dt, m, v);
                 Vec<R> dy = load(grad[i] + v);
                 if (s.z.data) {
                     const Vec<R> zi = load(z[i] + v), gate = sigmoid<R>(zi);

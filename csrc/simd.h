@@ -10,16 +10,17 @@ struct Simd;
 
 template <>
 struct Simd<float> {
+    // I holds bits: unsigned, since lanes that nobody reads may overflow
     typedef float V __attribute__((vector_size(VECTOR_BYTES)));
     typedef float Loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-    typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
+    typedef uint32_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 
 template <>
 struct Simd<double> {
     typedef double V __attribute__((vector_size(VECTOR_BYTES)));
     typedef double Loose __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-    typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
+    typedef uint64_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 
 template <class R>
@@ -76,7 +77,8 @@ INLINE Vf at_most(Vf limit, Vf x) { return x > limit ? limit : x; }
 INLINE Vd at_least(Vd limit, Vd x) { return x < limit ? limit : x; }
 INLINE Vd at_most(Vd limit, Vd x) { return x > limit ? limit : x; }
 
-// 2^x for x <= 128 with a relative error below 2e-7, exact for integers and close to 1 for small x; 0 below -127.
+// 2^x with a relative error below 2e-7, exact for integers and close to 1 for small x. Where 2^x is no normal number the
+// result may be 0 or infinity, as it may be infinity from 2^127.9 on.
 //
 // x = k + r, where k is the nearest multiple of a step and goes into the exponent, or into a table of the powers between
 // two integers and the exponent; 2^r is a polynomial. Adding 1.5 * 2^23 steps leaves the multiple in the low bits.
@@ -94,13 +96,13 @@ INLINE Vf exp2(Vf x) {
     const Vf power = _mm512_permutex2var_ps(load(POWERS), (__m512i)index, load(POWERS + 16));
     Vf p = r * 2.4022653e-1f + 6.9315733e-1f;
     p = p * r + 1.f;
-    return _mm512_scalef_ps(p * power, k);
+    return _mm512_scalef_ps(p * power, k);  // for infinite x, too, where r is NaN
 #elif VECTOR_BYTES == 32
     // the bits of 2^(j / 8), less the j that shifting the multiple into the exponent leaves below it
-    alignas(32) static const int32_t POWERS[8] = {
+    alignas(32) static const uint32_t POWERS[8] = {
         0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
     const float shift = 0x1.8p20f;
-    x = at_least(splat(-127.f), x);
+    x = at_most(splat(128.f), at_least(splat(-127.f), x));
     const Vf t = x + shift, r = x - (t - shift);
     const I power = (I)_mm256_permutevar8x32_epi32(*(const __m256i*)POWERS, (__m256i)t);
     Vf p = r * 5.5502136e-2f + 2.4023429e-1f;
@@ -109,7 +111,7 @@ INLINE Vf exp2(Vf x) {
     return p * (Vf)(power + ((I)t << 20));
 #else
     const float shift = 0x1.8p23f;
-    x = at_least(splat(-127.f), x);
+    x = at_most(splat(128.f), at_least(splat(-127.f), x));
     const Vf t = x + shift, r = x - (t - shift);
     Vf p = r * 1.3264727e-3f + 9.6715126e-3f;
     p = p * r + 5.5507337e-2f;

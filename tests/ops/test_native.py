@@ -14,6 +14,7 @@ from timm_ssm.ops import backend_report, bidirectional_causal_conv1d, bidirectio
 from timm_ssm.ops.backends import native
 from timm_ssm.ops.naive import selective_scan_naive
 
+from . import test_extremes
 from .test_kernels import FORMS, check_conv, check_scan
 from .utils import grads, pairs, relative_error, scan_inputs
 
@@ -81,6 +82,15 @@ def test_instruction_sets_extremes(instruction_set):
         poisoned = {k: v.clone() for k, v in inputs.items()}
         poisoned[name].view(-1)[0] = float('nan')
         assert selective_scan(**poisoned, backend='native')[0, 0, 0].isnan(), name
+
+
+@needs_library
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_instruction_sets_extreme_values(instruction_set, dtype):
+    for softplus in (True, False):
+        test_extremes.test_scan_step_sizes_and_decays('native', dtype, softplus, 3)
+    test_extremes.test_scan_gates('native', dtype)
+    test_extremes.test_conv_activations('native', dtype)
 
 
 @needs_library

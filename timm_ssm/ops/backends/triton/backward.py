@@ -18,6 +18,7 @@ from .common import (
     flags,
     grouped,
     in_memory,
+    load_A,
     load_row,
     load_token,
     parameters,
@@ -112,7 +113,7 @@ def _carry_direction(
     n_mask = n < N
     tile = n[:, None] * channels + c[None, :]
     tile_mask = n_mask[:, None] & mask[None, :]
-    A = tl.load(params_ptr + tile, mask=tile_mask, other=0.) * LOG2E
+    A = load_A(params_ptr + tile, tile_mask) * LOG2E
     if HAS_BIAS:
         bias = tl.load(params_ptr + (N + 1) * channels + c, mask=mask, other=0.)
     begin = split.to(tl.int64) * span
@@ -208,7 +209,7 @@ def _backward_direction(
     chunk = (end - 1) // STRIDE * STRIDE
     while chunk >= begin:
         # first the states before each tile of the chunk, from its first token to the last tile
-        A = tl.load(params_ptr + tile, mask=tile_mask, other=0.) * LOG2E
+        A = load_A(params_ptr + tile, tile_mask) * LOG2E
         h = tl.load(states_ptr + (chunk // STRIDE) * N * channels + tile, mask=tile_mask, other=0.)
         last = chunk + (tl.minimum(chunk + STRIDE, length) - 1 - chunk) // TILE * TILE
         s = chunk
@@ -261,7 +262,7 @@ def _backward_direction(
                 ni = i * AT_ONCE + tl.arange(0, AT_ONCE)
                 at_n = ni[:, None] * channels + c[None, :]
                 at_n_mask = (ni < N)[:, None] & mask[None, :]
-                An = tl.load(params_ptr + at_n, mask=at_n_mask, other=0.)[:, None, :]
+                An = load_A(params_ptr + at_n, at_n_mask)[:, None, :]
                 hn = tl.load(starts_ptr + (s - chunk) // TILE * N * channels + at_n, mask=at_n_mask, other=0.)
                 en = tl.load(carries_ptr + at_n, mask=at_n_mask, other=0.)
                 dA = tl.load(dparams_ptr + at_n, mask=at_n_mask, other=0.)
@@ -320,7 +321,7 @@ def _backward_direction(
             if SOFTPLUS:
                 ddt *= softplus_derivative(dts)
             if HAS_BIAS:
-                dbias += tl.sum(tl.sum(ddt, 1), 0)
+                dbias += tl.sum(tl.sum(tl.where(live, ddt, 0.), 1), 0)
             tl.store(du_ptr + to * channels + c3, du.to(du_ptr.dtype.element_ty), mask=live)
             tl.store(ddelta_ptr + to * channels + c3, ddt.to(ddelta_ptr.dtype.element_ty), mask=live)
             tl.debug_barrier()  # the next tile reads `carries` and `dparams`, the next chunk overwrites `starts`

@@ -11,6 +11,7 @@ import triton.language as tl
 from ...calls import STATE_STRIDE, ScanCall
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SOFTPLUS_OF_20 = tl.constexpr(20.000000002061153)
 
 
 @triton.jit
@@ -24,8 +25,9 @@ def softplus(x):
 
 @triton.jit
 def softplus_derivative(y):
-    """Of y = softplus(x), with respect to x."""
-    return tl.where(y > 20., 1., 1. - tl.exp2(y * -LOG2E))
+    """Of y = softplus(x), with respect to x: 1 - e^-y, where that would lose the digits of a small y by its series."""
+    series = y * (1. - y * (1 / 2 - y * (1 / 6 - y * (1 / 24 - y * (1 / 120)))))
+    return tl.where(y > SOFTPLUS_OF_20, 1., tl.where(y < 1 / 64, series, 1. - tl.exp2(y * -LOG2E)))
 
 
 @triton.jit
@@ -46,6 +48,14 @@ def block_channels(block, per_group, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     c = g * per_group + (block % per_group_blocks) * BLOCK + tl.arange(0, BLOCK)
     c = tl.multiple_of(c, VECTOR)
     return g, c, c < (g + 1) * per_group
+
+
+@triton.jit
+def load_A(ptr, mask):
+    """A in bounds that leave A log2(e) finite: infinity times a step of 0, as padding has, would be NaN."""
+    most: tl.constexpr = 2.3e38 if ptr.dtype.element_ty == tl.float32 else 1.2e308
+    A = tl.load(ptr, mask=mask, other=0.)
+    return tl.where(A < -most, -most, tl.where(A > most, most, A))
 
 
 @triton.jit

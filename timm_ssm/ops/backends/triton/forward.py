@@ -13,6 +13,7 @@ from .common import (
     flags,
     grouped,
     in_memory,
+    load_A,
     load_row,
     load_token,
     parameters,
@@ -45,7 +46,7 @@ def _scan_direction(
     tile = n[:, None] * channels + c[None, :]
     tile_mask = n_mask[:, None] & mask[None, :]
 
-    A = tl.load(params_ptr + tile, mask=tile_mask, other=0.) * LOG2E
+    A = load_A(params_ptr + tile, tile_mask) * LOG2E
     if HAS_D:
         D = tl.load(params_ptr + N * channels + c, mask=mask, other=0.)
     if HAS_BIAS:
@@ -184,7 +185,7 @@ def enter(
     n = tl.arange(0, N_POW2)
     tile = n[:, None] * channels + c[None, :]
     tile_mask = (n < N)[:, None] & mask[None, :]
-    A = tl.load(params_ptr + i * (N + 2) * channels + tile, mask=tile_mask, other=0.) * LOG2E
+    A = load_A(params_ptr + i * (N + 2) * channels + tile, tile_mask) * LOG2E
     h = tl.zeros([N_POW2, BLOCK], A.dtype)
     descending = (i == 0) & DESCENDING0 | (i == 1) & DESCENDING1
     if RESIDUAL:
