@@ -33,7 +33,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     labels = read_lines(args.labels) if args.labels else None
     done = convert(args.source, args.folder, model=args.model, label_names=labels)
-    print(f'{done.name} ({done.sure}), {done.parameters:,} parameters')
+    print(f'{done.name} ({done.certainty}), {done.parameters:,} parameters')
     print(f'reloaded from {done.folder}: all parameters there, logits equal to {done.difference:.1g} of the largest')
     print(f"load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
 

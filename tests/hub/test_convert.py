@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from timm_ssm.cli import main
 from timm_ssm.hub import checkpoints
 from timm_ssm.hub.convert import convert
-from timm_ssm.models._files import save_weights
+from timm_ssm.models._checkpoints import Checkpoint, read_checkpoint
+from timm_ssm.models._integrity import save_weights
 
 from ..models.utils import released_shapes, synthetic_checkpoint
 from .utils import Terminal, released, small, small_clips, to_bytes
@@ -70,7 +71,7 @@ class TestConvert:
             arch=NAME, epoch=3, args=argparse.Namespace(**args), state_dict=model.state_dict(),
             state_dict_ema=averaged, optimizer={'state': {}})))
         done = convert(str(tmp_path / 'model_best.pth.tar'), tmp_path / 'out')
-        assert done.name == NAME and done.sure == 'certain, the checkpoint names it'
+        assert done.name == NAME and done.certainty == 'certain, the checkpoint names it'
         assert (load_file(tmp_path / 'out' / 'model.safetensors')['pos_embed'] == .01).all()
         loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
         assert loaded.global_pool == 'avg' and len(loaded.blocks) == 2 and loaded.in_chans == 1
@@ -89,7 +90,7 @@ class TestConvert:
     def test_clips(self, hub, cache, tmp_path):
         hub.add('me/clips', {'weights.pth': to_bytes({'module': small_clips()})})
         done = convert('me/clips', tmp_path / 'out')
-        assert done.name == 'videomamba_tiny_patch16_f8_224' and done.sure.startswith('certain')
+        assert done.name == 'videomamba_tiny_patch16_f8_224' and done.certainty.startswith('certain')
         config = json.loads((tmp_path / 'out' / 'config.json').read_text())
         assert config['num_classes'] == 7 and config['model_args'] == {'img_size': 32}
         model = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
@@ -156,7 +157,7 @@ class TestDetect:
         if not timm.list_models(f'{family}_*'):
             pytest.skip(f'no {family} yet')
         source = checkpoints.Source(None, f'{family}/checkpoint.pth')
-        found, sure = checkpoints.detect(checkpoints.Checkpoint(state_dict), source)
+        found, sure = checkpoints.detect(Checkpoint(state_dict), source)
         assert found.name.startswith(f'{family}_{size}') and found.complete and not found.resampled
         assert set(found.kwargs) <= {'num_classes'}
         alike = family in ('videomamba', 'vim') and size != 'middle' and 'video_' not in key
@@ -164,7 +165,7 @@ class TestDetect:
 
     def test_families_that_are_alike(self):
         """VideoMamba and Vim call their parameters the same."""
-        checkpoint = checkpoints.Checkpoint(released())
+        checkpoint = Checkpoint(released())
         with pytest.raises(ValueError, match=f'x.pth fits .*{NAME}.* alike; say which it is with --model') as e:
             checkpoints.detect(checkpoint, checkpoints.Source(None, 'x.pth'))
         assert 'vim_tiny_patch16_224' in str(e.value)
@@ -176,7 +177,7 @@ class TestDetect:
     def test_nothing_known(self):
         vit = timm.create_model('vit_tiny_patch16_224', device='meta').state_dict()
         with pytest.raises(ValueError, match='x.pth is of none of the models here') as e:
-            checkpoints.detect(checkpoints.Checkpoint(vit), checkpoints.Source(None, 'x.pth'))
+            checkpoints.detect(Checkpoint(vit), checkpoints.Source(None, 'x.pth'))
         lines = str(e.value).splitlines()
         assert len(lines) < 20 and any('blocks.0.attn.qkv.weight' in line and 'unknown' in line for line in lines)
 
@@ -185,18 +186,18 @@ class TestDetect:
         weights['layers.3.mixer.extra'] = weights.pop('layers.3.mixer.D')
         weights['layers.4.mixer.extra'] = weights.pop('layers.4.mixer.D')
         with pytest.raises(ValueError) as e:
-            checkpoints.detect(checkpoints.Checkpoint(weights), checkpoints.Source(None, 'x.pth'), NAME)
+            checkpoints.detect(Checkpoint(weights), checkpoints.Source(None, 'x.pth'), NAME)
         table = [line.split() for line in str(e.value).splitlines()]
         assert ['missing', '2', 'blocks.3.mixer.D'] in table and ['unknown', '2', 'blocks.3.mixer.extra'] in table
 
     def test_another_shape(self):
         with pytest.raises(ValueError, match=r'of another shape +1 +norm.weight: \[191\], needs \[192\]'):
             checkpoints.detect(
-                checkpoints.Checkpoint(released(norm_f__weight=(191,))), checkpoints.Source(None, 'x.pth'), NAME)
+                Checkpoint(released(norm_f__weight=(191,))), checkpoints.Source(None, 'x.pth'), NAME)
 
     def test_unknown_model(self):
         with pytest.raises(ValueError, match='model: there is no nonsense'):
-            checkpoints.detect(checkpoints.Checkpoint(released()), checkpoints.Source(None, 'x.pth'), 'nonsense')
+            checkpoints.detect(Checkpoint(released()), checkpoints.Source(None, 'x.pth'), 'nonsense')
 
 
 class TestFind:
@@ -250,9 +251,9 @@ class TestFind:
 
 class TestRead:
 
-    def read(self, tmp_path, content: bytes, name: str = 'x.pth') -> checkpoints.Checkpoint:
+    def read(self, tmp_path, content: bytes, name: str = 'x.pth') -> Checkpoint:
         (tmp_path / name).write_bytes(content)
-        return checkpoints.read(tmp_path / name)
+        return read_checkpoint(tmp_path / name)
 
     def test_code_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r'x.pth: reading it would run code \(posix.getpid\), which is refused'):
@@ -274,7 +275,7 @@ class TestRead:
 
     def test_not_from_zip(self, tmp_path):
         torch.save({'w': torch.ones(3)}, tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
-        assert checkpoints.read(tmp_path / 'x.pth').state_dict['w'].tolist() == [1, 1, 1]
+        assert read_checkpoint(tmp_path / 'x.pth').state_dict['w'].tolist() == [1, 1, 1]
 
 
 class _Code:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from timm_ssm.hub import checkpoints
-from timm_ssm.models._files import save_weights
+from timm_ssm.models._checkpoints import read_checkpoint
+from timm_ssm.models._integrity import save_weights
 
 from ..fixtures.synthesize import synthesize
 from .utils import to_bytes
@@ -104,8 +105,8 @@ def from_create_model(path):
 
 def from_read(path):
     """Reading, and holding names and shapes to those of the model, as `convert` does."""
-    state_dict = checkpoints.read(path).state_dict
-    found = checkpoints.fit(NAME, ARGS, state_dict)
+    state_dict = read_checkpoint(path).state_dict
+    found = checkpoints.compare(NAME, ARGS, state_dict)
     if not found.complete:
         raise ValueError(f'{path}: {found}'.replace('\n', ' '))
     return values(state_dict)

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from timm_ssm.cli import main
 from timm_ssm.hub import cards
-from timm_ssm.models._files import save_weights
+from timm_ssm.models._integrity import save_weights
 
 NAME = 'videomamba_tiny_patch16_224'
 ARGS = dict(depth=2, embed_dim=48, img_size=32, num_classes=7)

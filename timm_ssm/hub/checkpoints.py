@@ -1,24 +1,27 @@
-"""Finding and reading checkpoints of any origin, and telling which model they are of."""
-import argparse
+"""Finding checkpoints of any origin, telling which model they are of, and rebuilding it."""
 import math
-import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from safetensors.torch import load_file
+from huggingface_hub import HfApi
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import nn
 from tqdm import tqdm
 
-from ..models._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
-from ..models._files import check_download, check_file
-from .zoo import list_names, meta_model, naming, table
-
-WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt')
+from ..models._checkpoints import (
+    FLOATS,
+    WEIGHTS_SUFFIXES,
+    Checkpoint,
+    CheckpointMismatch,
+    StateDict,
+    load_weights,
+    map_names,
+)
+from ..models._fetch import download, naming
+from .zoo import list_names, meta_model, table
 
 
 class Source(NamedTuple):
@@ -51,14 +54,12 @@ def find(source: str) -> Source:
     else:
         raise ValueError(f'source: there is no file {source}, nor is that a pretrained tag or a repository on the Hub')
     file = file or _only_weights(repo_id, revision)
-    with naming(repo_id, file):
-        link = Path(hf_hub_download(repo_id, file, revision=revision))
-        check_download(link)
-    return Source(link, f'{repo_id}/{file}', _known_name(repo_id, file))
+    with naming(f'{repo_id}/{file}', repo_id, file):
+        return Source(download(repo_id, file, revision), f'{repo_id}/{file}', _known_name(repo_id, file))
 
 
 def _only_weights(repo_id: str, revision: Optional[str]) -> str:
-    with naming(repo_id):
+    with naming(repo_id, repo_id):
         files = [f for f in HfApi().list_repo_files(repo_id, revision=revision) if f.endswith(WEIGHTS_SUFFIXES)]
     files = [f for f in files if f == 'model.safetensors'] or files
     if len(files) != 1:
@@ -78,115 +79,36 @@ def _known_name(repo_id: str, file: str) -> Optional[str]:
     return None
 
 
-class Checkpoint(NamedTuple):
-    """Parameters by name; from a training script also the architecture and the script's arguments."""
-    state_dict: StateDict
-    arch: Optional[str] = None
-    args: Optional[Dict[str, Any]] = None
-
-    def model_kwargs(self) -> Dict[str, Any]:
-        """What the training script told the model, beside what names and shapes tell."""
-        args = self.args or {}
-        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in (args.get('model_kwargs') or {}).items()}
-        if args.get('gp'):
-            kwargs.setdefault('global_pool', args['gp'])
-        return {k: v for k, v in kwargs.items() if k != 'num_classes' and not k.endswith('_rate')}
-
-
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint without running code that it may hold.
-
-    Raises:
-        ValueError: It is damaged, no checkpoint, or needs code to be read; one line that names the file.
-    """
-    path = Path(path)
-    with open(path, 'rb') as f:
-        start = f.read(64)
-    if start.startswith(b'version https://git-lfs'):
-        raise ValueError(f'{path}: a pointer to a file in Git LFS, not the file; fetch that with `git lfs pull`')
-    check_file(path)
-    try:
-        if path.suffix == '.safetensors':
-            content = load_file(path)
-        else:
-            # timm's training checkpoints hold their arguments
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        if unsafe := _unsafe_globals(path):
-            raise ValueError(
-                f'{path}: reading it would run code ({", ".join(unsafe)}), which is refused; if you trust its source, '
-                'load it with torch.load(weights_only=False) and save the state dict alone') from e
-        raise ValueError(f'{path}: it is no checkpoint, or damaged') from e
-    except Exception as e:  # what a damaged file makes the unpickler raise is of any kind
-        reason = (str(e).splitlines() or [''])[0]
-        raise ValueError(f'{path}: it is no checkpoint, or damaged ({f"{type(e).__name__} {reason}".strip()})') from e
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        raise ValueError(f'{path}: it holds a {type(content).__name__}, needs a dict of parameters by name')
-    for ema in ('state_dict_ema', 'model_ema'):
-        if isinstance(content.get(ema), dict):
-            state_dict = unwrap_state_dict(content[ema])
-            break
-    else:
-        state_dict = unwrap_state_dict(content)
-    state_dict = {k: v for k, v in state_dict.items() if isinstance(v, torch.Tensor)}
-    if not state_dict:
-        raise ValueError(f'{path}: it holds no parameters, but {", ".join(map(str, list(content)[:5])) or "nothing"}')
-    for k, v in state_dict.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{path}: {k} is not finite')
-    arch, args = content.get('arch'), content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return Checkpoint(
-        state_dict, arch if isinstance(arch, str) else None, args if isinstance(args, dict) else None)
-
-
-def _unsafe_globals(path: Path) -> List[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # damaged, or of a format that this does not know
-        return []
-
-
-class Fit(NamedTuple):
-    """How a checkpoint fits a model."""
+class Comparison(NamedTuple):
+    """The names and shapes of a checkpoint beside those of a model."""
     name: str
-    kwargs: Dict[str, Any]
+    kwargs: Dict[str, Any]  # the model's, in which it differs from the defaults
     missing: List[str]  # names of the model
     unexpected: List[str]  # names of the checkpoint, under the model's naming where that is known
     wrong_shape: List[str]
+    wrong_type: List[str]
     resampled: bool  # the model's filter changed the number of values
 
     @property
     def complete(self) -> bool:
-        return not (self.missing or self.unexpected or self.wrong_shape)
+        return self.problems() == 0
 
     def problems(self) -> int:
-        return len(self.missing) + len(self.unexpected) + len(self.wrong_shape)
+        return sum(map(len, (self.missing, self.unexpected, self.wrong_shape, self.wrong_type)))
 
 
-def map_names(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """The checkpoint under the model's names, by its family's checkpoint_filter_fn.
-
-    Raises:
-        CheckpointMismatch: It is of another model.
-    """
-    module = sys.modules[model_entrypoint(model.pretrained_cfg['architecture']).__module__]
-    return module.checkpoint_filter_fn(dict(state_dict), model)
-
-
-def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
+def compare(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Comparison:
     """Compare names and shapes of a checkpoint with those of a model."""
     model = meta_model(name, **kwargs)
     shapes = {k: torch.empty(v.shape, dtype=v.dtype, device='meta') for k, v in state_dict.items()}
     try:
         mapped = map_names(shapes, model)
     except CheckpointMismatch as e:
-        mapped = e.state_dict
+        mapped = shapes if e.state_dict is None else e.state_dict
     except Exception:  # the filter met something that its family knows nothing of
         mapped = shapes
     wanted = model.state_dict()
-    return Fit(
+    return Comparison(
         name,
         kwargs,
         missing=[k for k in wanted if k not in mapped],
@@ -194,6 +116,9 @@ def fit(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Fit:
         wrong_shape=[
             f'{k}: {list(v.shape)}, needs {list(wanted[k].shape)}'
             for k, v in mapped.items() if k in wanted and v.shape != wanted[k].shape],
+        wrong_type=[
+            f'{k}: {v.dtype}, needs floating point numbers'
+            for k, v in mapped.items() if k in wanted and wanted[k].is_floating_point() and v.dtype not in FLOATS],
         resampled=sum(v.numel() for v in shapes.values()) != sum(v.numel() for v in mapped.values()),
     )
 
@@ -232,7 +157,7 @@ def image_size(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Dict
     return dict(img_size=(side - 1) * stride + patch)
 
 
-def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) -> Tuple[Fit, str]:
+def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) -> Tuple[Comparison, str]:
     """The model that a checkpoint is of.
 
     Args:
@@ -241,7 +166,7 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
         model: Its architecture, if that is known.
 
     Returns:
-        The model, complete, and in words how sure that is.
+        The model, complete, and in words how certain that is.
 
     Raises:
         ValueError: It is of none of this package's models, not of `model`, or of several alike; with a short table of
@@ -258,7 +183,7 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
     for name, why in told:
         if name and is_model(name):
             name = name.partition('.')[0]
-            found = _fit_with_arguments(name, state_dict, checkpoint.model_kwargs())
+            found = _compare_with_arguments(name, state_dict, checkpoint.model_args())
             if found.complete:
                 return found, why
             if why == 'as told':
@@ -267,43 +192,66 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
             raise ValueError(f'model: there is no {name}, see `timm-ssm list --all`')
 
     # first the families that name their parameters so, by a small model of each, then the models of these
-    found = {n: _shared_names(fit(n, arguments(n, state_dict), state_dict)) for n in _representatives()}
+    found = {n: _shared_names(compare(n, arguments(n, state_dict), state_dict)) for n in _representatives()}
     alike = [n for n, shared in found.items() if shared >= min(.5, max(found.values()))]
     modules = {model_entrypoint(n).__module__ for n in alike}
     candidates = [n for n in list_names() if model_entrypoint(n).__module__ in modules]
-    fits = [
-        _fit_with_arguments(n, state_dict)
+    compared = [
+        _compare_with_arguments(n, state_dict)
         for n in tqdm(candidates, desc='comparing names and shapes', leave=False, disable=None)]
-    complete = sorted((f for f in fits if f.complete), key=_rank)
+    complete = sorted((c for c in compared if c.complete), key=_rank)
     if not complete:
-        nearest = min(fits, key=Fit.problems)
+        nearest = min(compared, key=Comparison.problems)
         raise ValueError(f'{source.origin} is of none of the models here; {nearest.name} is the nearest:\n'
                          f'{_misfits(nearest)}')
-    best = [f for f in complete if _rank(f) == _rank(complete[0])]
+    best = [c for c in complete if _rank(c) == _rank(complete[0])]
     n = len(state_dict)
     if len(best) == 1:
         how = 'its position embedding is resampled' if best[0].resampled else 'no other model has them'
         sure = 'likely' if best[0].resampled else 'certain'
         return best[0], f'{sure}, all {n} names and shapes fit and {how}'
     words = set(re.split('[^a-z0-9]+', source.origin.lower()))
-    named = [f for f in best if f.name.partition('_')[0] in words]
-    others = ', '.join(f.name for f in best)
+    named = [c for c in best if c.name.partition('_')[0] in words]
+    others = ', '.join(c.name for c in best)
     if len(named) == 1:
         return named[0], f'likely, names and shapes fit {others} alike and the file is called {source.origin}'
     raise ValueError(f'{source.origin} fits {others} alike; say which it is with --model')
 
 
-def _rank(f: Fit) -> Tuple[bool, int, int]:
+def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn.Module:
+    """The model that a training script saved, with its weights.
+
+    Args:
+        checkpoint: What the script wrote.
+        model: Architecture; the one that the checkpoint names if None.
+        kwargs: Constructor arguments that take the place of the script's.
+
+    Raises:
+        ValueError: No architecture is known, or the weights are not of it.
+    """
+    name = model or checkpoint.arch
+    if name is None:
+        raise ValueError(f'{checkpoint.path}: it does not say which model it is of')
+    rebuilt = timm.create_model(name, **{**checkpoint.model_args(), **kwargs})
+    load_weights(rebuilt, checkpoint)
+    return rebuilt
+
+
+def _rank(c: Comparison) -> Tuple[bool, int, int]:
     """The less a model has to be changed to take the checkpoint, the likelier it is."""
-    size = get_pretrained_cfg(f.name).input_size[1]
-    return f.resampled, len(f.kwargs), abs(f.kwargs.get('img_size', size) - size)
+    size = get_pretrained_cfg(c.name).input_size[1]
+    return c.resampled, len(c.kwargs), abs(c.kwargs.get('img_size', size) - size)
 
 
-def _fit_with_arguments(name: str, state_dict: StateDict, model_kwargs: Optional[Dict[str, Any]] = None) -> Fit:
-    kwargs = {**arguments(name, state_dict), **(model_kwargs or {})}
-    plain = fit(name, kwargs, state_dict)
+def _compare_with_arguments(
+        name: str,
+        state_dict: StateDict,
+        model_args: Optional[Dict[str, Any]] = None,
+) -> Comparison:
+    kwargs = {**arguments(name, state_dict), **(model_args or {})}
+    plain = compare(name, kwargs, state_dict)
     size = image_size(name, kwargs, state_dict) if plain.resampled or not plain.complete else {}
-    sized = fit(name, {**kwargs, **size}, state_dict) if size else plain
+    sized = compare(name, {**kwargs, **size}, state_dict) if size else plain
     return sized if sized.complete and not sized.resampled else plain
 
 
@@ -315,19 +263,21 @@ def _representatives() -> List[str]:
     return list(first.values())
 
 
-def _shared_names(f: Fit) -> float:
+def _shared_names(c: Comparison) -> float:
     """How much of a model's names the checkpoint has, whatever the number of layers and their shapes."""
     def patterns(names) -> set:
         return {re.sub(r'\d+', '#', n) for n in names}
 
-    wanted = meta_model(f.name, **f.kwargs).state_dict()
-    return len(patterns(set(wanted) - set(f.missing))) / len(patterns(wanted))
+    wanted = meta_model(c.name, **c.kwargs).state_dict()
+    return len(patterns(set(wanted) - set(c.missing))) / len(patterns(wanted))
 
 
-def _misfits(f: Fit, rows: int = 4) -> str:
+def _misfits(c: Comparison, rows: int = 4) -> str:
     """A short table of the names that do not fit; those that differ by numbers only are counted together."""
     lines = []
-    for what, names in (('missing', f.missing), ('unknown', f.unexpected), ('of another shape', f.wrong_shape)):
+    for what, names in (
+            ('missing', c.missing), ('unknown', c.unexpected), ('of another shape', c.wrong_shape),
+            ('of another type', c.wrong_type)):
         groups: Dict[str, List[str]] = {}
         for name in names:
             groups.setdefault(re.sub(r'\d+', '#', name.partition(':')[0]), []).append(name)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..models._files import save_weights
+from ..models._checkpoints import load_weights, read_checkpoint
+from ..models._integrity import save_weights
 from . import cards
-from .checkpoints import Fit, detect, find, map_names, read
+from .checkpoints import Comparison, detect, find
 from .zoo import num_frames
 
 
@@ -19,7 +20,7 @@ class Conversion(NamedTuple):
     """What `convert` did."""
     folder: Path
     name: str  # pretrained tag if the file is a released one, otherwise the model
-    sure: str  # how the model was recognised
+    certainty: str  # how the model was recognised, in words
     parameters: int
     difference: float  # largest between the logits before and after, over the largest logit
 
@@ -53,20 +54,20 @@ def convert(
 
         step('reading')
         found = find(source)
-        checkpoint = read(found.path)
+        checkpoint = read_checkpoint(found.path, use_ema=found.name is None)  # of released files, what was released
         step('recognising')
-        fit, sure = detect(checkpoint, found, model)
-        num_classes = fit.kwargs.get('num_classes', timm.get_pretrained_cfg_value(fit.name, 'num_classes'))
-        name = found.name if _is_tag(found.name, fit, num_classes) else fit.name
+        match, certainty = detect(checkpoint, found, model)
+        num_classes = match.kwargs.get('num_classes', timm.get_pretrained_cfg_value(match.name, 'num_classes'))
+        name = found.name if _is_tag(found.name, match, num_classes) else match.name
         classes = found.path.parent / 'classes.txt'
         if checkpoint.args and label_names is None and classes.exists():
             label_names = read_lines(classes)
         if label_names and len(label_names) != num_classes:
             raise ValueError(f'labels: got {len(label_names)} names, needs {num_classes}')
         step('building')
-        original = timm.create_model(name, **fit.kwargs).eval()
-        original.load_state_dict(map_names(checkpoint.state_dict, original))
-        config = cards.model_config(name, original, fit.kwargs, label_names)
+        original = timm.create_model(name, **match.kwargs).eval()
+        load_weights(original, checkpoint)
+        config = cards.model_config(name, original, match.kwargs, label_names)
         if checkpoint.args:  # the images were prepared as its training script was told
             config['pretrained_cfg'].update(timm.data.resolve_data_config(
                 {**checkpoint.args, 'input_size': config['pretrained_cfg']['input_size']}, model=original))
@@ -95,13 +96,13 @@ def convert(
             staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return Conversion(folder, name, sure, sum(p.numel() for p in original.parameters()), difference)
+    return Conversion(folder, name, certainty, sum(p.numel() for p in original.parameters()), difference)
 
 
-def _is_tag(name: Optional[str], fit: Fit, num_classes: int) -> bool:
+def _is_tag(name: Optional[str], match: Comparison, num_classes: int) -> bool:
     """Whether the model that was recognised is the one of the pretrained tag that the file is called after."""
     return (
-        name is not None and name.partition('.')[0] == fit.name and set(fit.kwargs) <= {'num_classes'}
+        name is not None and name.partition('.')[0] == match.name and set(match.kwargs) <= {'num_classes'}
         and num_classes == timm.get_pretrained_cfg_value(name, 'num_classes'))
 
 

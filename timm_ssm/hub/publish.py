@@ -6,8 +6,8 @@ from typing import List, Optional, Tuple
 from huggingface_hub import HfApi
 from timm.models import is_model
 
-from ..models._files import check_file
-from .zoo import naming
+from ..models._fetch import naming
+from ..models._integrity import verify_file
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
 
@@ -29,7 +29,7 @@ def check(folder: Path) -> List[Tuple[str, int]]:
         raise ValueError(f'{folder / "config.json"}: not a timm configuration ({type(e).__name__}: {e})') from e
     if not is_model(architecture):
         raise ValueError(f'{folder / "config.json"}: there is no architecture {architecture}')
-    check_file(folder / 'model.safetensors')
+    verify_file(folder / 'model.safetensors')
     return [(f, (folder / f).stat().st_size) for f in FILES]
 
 
@@ -54,7 +54,7 @@ def push(
     """
     check(folder)
     api = HfApi(library_name='timm-ssm')
-    with naming(repo_id):
+    with naming(repo_id, repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -1,15 +1,13 @@
 """The models of this package, and what is known about their pretrained tags."""
-import contextlib
 import fnmatch
 import functools
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
@@ -94,23 +92,6 @@ def describe(name: str) -> Dict[str, Any]:
         license=cfg.license,
         cached=cfg.has_weights and cached_file(name) is not None,
     )
-
-
-@contextlib.contextmanager
-def naming(repo_id: str, file: str = '') -> Iterator[None]:
-    """What fails on the way to the Hub in one line that says with which repository and file; not all errors do.
-
-    Raises:
-        RuntimeError: The error in one line.
-    """
-    try:
-        yield
-    except Exception as e:  # of huggingface_hub, or of the HTTP library that it uses
-        if repo_id in str(e) and file in str(e):
-            raise
-        cause = e.__cause__ if isinstance(e, LocalEntryNotFoundError) else None
-        reasons = [' '.join(str(x).split()) or type(x).__name__ for x in (e, cause) if x]
-        raise RuntimeError(f'{"/".join(filter(None, (repo_id, file)))}: {" ".join(reasons)}') from e
 
 
 def table(rows: List[List[str]], header: List[str], right: Sequence[int] = ()) -> str:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .._compat import update_model_input_size
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
-from ._checkpoints import CheckpointMismatch, StateDict, check_fits, unwrap_state_dict
+from ._checkpoints import CheckpointMismatch, StateDict, refuse_mismatch, unwrap_state_dict
 
 torch.fx.wrap('at_least_float32')
 
@@ -447,7 +447,7 @@ def adapt_patch_embed(state_dict: StateDict, model: IsotropicMamba, inflation: s
     kernel = state_dict.get('patch_embed.proj.weight')
     embed = model.patch_embed
     if kernel is None or kernel.ndim not in (4, 5):
-        return False  # another model's checkpoint, which `check_fits` refuses
+        return False  # another model's checkpoint, which `refuse_mismatch` refuses
     if kernel.ndim == 5 and not embed.is_clip:
         raise CheckpointMismatch(
             'checkpoint: it is of a clip model; build the model with num_frames above 1', state_dict)
@@ -528,4 +528,4 @@ def checkpoint_filter_fn(state_dict: StateDict, model: IsotropicMamba, inflation
             temporal = F.interpolate(
                 temporal.mT.float(), size=model.temporal_pos_embed.shape[1], mode='linear').mT.to(temporal)
         out['temporal_pos_embed'] = temporal
-    return check_fits(out, model, adaptable=('head.', 'patch_embed.proj.'))
+    return refuse_mismatch(out, model, adaptable=('head.', 'patch_embed.proj.'))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..layers import DtProj, ScanInputs, ScanMixer, float32_scan, init_A_log, init_dt, state_decay
 from ._builder import build_model_with_cfg
-from ._checkpoints import check_fits, unwrap_state_dict
+from ._checkpoints import refuse_mismatch, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
 
 __all__ = ['GroupMamba']
@@ -486,7 +486,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GroupMamba)
     if model.head_dist is None and 'head_dist.weight' in out:
         for k in ('weight', 'bias'):
             out[f'head.{k}'] = (out[f'head.{k}'] + out.pop(f'head_dist.{k}')) / 2
-    return check_fits(out, model, adaptable=('head.', 'head_dist.', 'stem.0.'))
+    return refuse_mismatch(out, model, adaptable=('head.', 'head_dist.', 'stem.0.'))
 
 
 def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> GroupMamba:

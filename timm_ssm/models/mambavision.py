@@ -39,7 +39,7 @@ from .._compat import update_model_input_size
 from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, scan, state_decay
 from ..ops import causal_conv1d
 from ._builder import build_model_with_cfg
-from ._checkpoints import check_fits, unwrap_state_dict
+from ._checkpoints import refuse_mismatch, unwrap_state_dict
 from ._hierarchical import HierarchicalModel
 
 torch.fx.wrap('causal_conv1d')
@@ -408,7 +408,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: MambaVision
             else:
                 k = f'stages.{i}.{rest}'
         out[k] = v
-    return check_fits(out, model, adaptable=('head.', 'stem.0.'))
+    return refuse_mismatch(out, model, adaptable=('head.', 'stem.0.'))
 
 
 def _create_mambavision(variant: str, pretrained: bool = False, **kwargs) -> MambaVision:

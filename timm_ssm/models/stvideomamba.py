@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..layers import BiMamba, LayerNorm, ScanInputs, scan
 from ..ops import causal_conv1d
 from ._builder import build_isotropic
-from ._checkpoints import StateDict, check_fits, unwrap_state_dict
+from ._checkpoints import CheckpointMismatch, StateDict, refuse_mismatch, unwrap_state_dict
 from ._isotropic import (
     IsotropicMamba,
     MambaBlock,
@@ -197,7 +197,7 @@ def _source_grid(tokens: int, model: STVideoMamba) -> Tuple[int, int]:
     or of as many square frames as the model has; if that leaves a choice, those of the pretrained cfg's input_size.
 
     Raises:
-        ValueError: There is none of these, or more than one.
+        CheckpointMismatch: There is none of these, or more than one.
     """
     embed = model.patch_embed
     img_size = getattr(model, 'pretrained_model_args', {}).get('img_size')  # timm < 1.0.31 does not keep them
@@ -213,7 +213,7 @@ def _source_grid(tokens: int, model: STVideoMamba) -> Tuple[int, int]:
     if cfg_grid in grids:
         return cfg_grid
     if len(grids) != 1:
-        raise ValueError(
+        raise CheckpointMismatch(
             f'checkpoint: pos_embed has {tokens} patches, needs {model.frames} frames of a square image or frames of '
             f'{embed.grid_size[0]} x {embed.grid_size[1]} patches' + (
                 ' and could be both: give its image size in pretrained_cfg_overlay=dict(input_size=...)'
@@ -263,7 +263,8 @@ def checkpoint_filter_fn(
     state_dict = unwrap_state_dict(state_dict)
     out = rename_authors(state_dict)
     if 'temporal_pos_embed' in out:
-        raise ValueError('checkpoint: it is of a VideoMamba for clips; needs one for images, or of an ST-VideoMamba')
+        raise CheckpointMismatch(
+            'checkpoint: it is of a VideoMamba for clips; needs one for images, or of an ST-VideoMamba')
     from_image = adapt_patch_embed(out, model, inflation='mean')
     pos_embed = out.pop('pos_embed', None)
     if from_image:
@@ -279,7 +280,7 @@ def checkpoint_filter_fn(
             out['pos_embed'] = _expand_pos_embed(pos_embed, model, pos_embed_init)
         else:
             out['pos_embed'] = _fit_pos_embed(pos_embed, model)
-    return check_fits(out, model, adaptable=('head.', 'patch_embed.proj.'))
+    return refuse_mismatch(out, model, adaptable=('head.', 'patch_embed.proj.'))
 
 
 def _create_stvideomamba(variant: str, pretrained: bool = False, **kwargs) -> STVideoMamba:

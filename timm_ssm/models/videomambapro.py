@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from ..layers import BiMamba, ScanInputs, state_decay
 from ..ops import bidirectional_causal_conv1d
 from ._builder import build_isotropic
-from ._checkpoints import StateDict, unwrap_state_dict
+from ._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
 
@@ -146,7 +146,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMambaPro, inflation:
     state_dict = unwrap_state_dict(state_dict)
     mode = _find_mixer_mode(state_dict)
     if mode is not None and mode != model.mixer_mode:
-        raise ValueError(
+        raise CheckpointMismatch(
             f'checkpoint: it has the parameters of mixer_mode {mode!r}, the model those of {model.mixer_mode!r}: '
             f'build the model with mixer_mode={mode!r}')
     return isotropic_filter_fn(state_dict, model, inflation)
