@@ -66,7 +66,7 @@ def train_step(how: str) -> int:
 
     `how`: a backend's name, or 'autograd' for the specification with gradients left to autograd.
     """
-    from timm_ssm.layers import bimamba
+    from timm_ssm.layers import bimamba, mixer
     from timm_ssm.ops import naive
 
     if how == 'autograd':
@@ -78,7 +78,7 @@ def train_step(how: str) -> int:
         def both_convs(x, weight, bias):
             return tuple(naive.causal_conv1d_naive(x, weight[i], bias[i], reverse=i == 1) for i in (0, 1))
 
-        bimamba.bidirectional_selective_scan, bimamba.bidirectional_causal_conv1d = both_scans, both_convs
+        mixer.bidirectional_selective_scan, bimamba.bidirectional_causal_conv1d = both_scans, both_convs
     model = timm.create_model('videomamba_tiny_patch16_224').train()
     x = torch.randn(8, 3, 224, 224)
     pages = int(Path('/proc/self/statm').read_text().split()[1])

@@ -58,3 +58,33 @@ def test_symbolic_trace(name):
     for batch in (1, 2):
         x = torch.randn(batch, 3, 64, 64)
         torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['mambavision_tiny', 'groupmamba_tiny'])
+def test_wrong_arguments_and_input(name):
+    model = tiny(name)
+    for pool_without in (lambda: tiny(name, global_pool=''), lambda: model.reset_classifier(3, '')):
+        with pytest.raises(ValueError, match=r"global_pool: got '' with num_classes \d, needs a pooling, or num_class"):
+            pool_without()
+    assert model.num_classes == 5 and model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    assert tiny(name, num_classes=0, global_pool='')(torch.randn(1, 3, 64, 64)).shape[2:] == (2, 2)
+    with pytest.raises(AssertionError, match='x: got 4 channels, needs in_chans 3'):
+        model(torch.randn(1, 4, 64, 64))
+    with pytest.raises(AssertionError, match='x: got 3 dimensions, needs images'):
+        model.forward_intermediates(torch.randn(3, 64, 64))
+    for indices in ((), []):
+        with pytest.raises(ValueError, match='indices: got .*, needs at least one of 0 to 3'):
+            tiny(name, features_only=True, out_indices=indices)
+        with pytest.raises(ValueError, match='indices: got .*, needs at least one of 0 to 3'):
+            model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=indices)
+
+
+def test_image_size():
+    """A family without windows says that it needs none; no image has no pixels."""
+    with pytest.raises(TypeError, match='img_size: got 64, but GroupMamba takes images of any size: leave it out'):
+        tiny('groupmamba_tiny', img_size=64)
+    model = tiny('mambavision_tiny')
+    for wrong in (lambda: tiny('mambavision_tiny', img_size=0), lambda: model.set_input_size((64, 0))):
+        with pytest.raises(ValueError, match='img_size: got .*0.*, needs at least 1'):
+            wrong()
+    assert model.img_size == (64, 64)

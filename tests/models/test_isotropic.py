@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from timm.models._features_fx import create_feature_extractor
 from torch import nn
@@ -137,6 +138,14 @@ def test_wrong_clips(name):
         model(torch.randn(1, 3, 32, 32))
     with pytest.raises(AssertionError, match=f'x: got 6 frames, needs num_frames {frames(name)}'):
         model(torch.randn(1, 3, 6, 32, 32))
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_input_of_timms_benchmark(name):
+    """timm's benchmark.py makes batches of the cfg's test size: those of a clip model are clips of its frames."""
+    model = timm.create_model(name, device='meta', depth=1)
+    size = resolve_data_config({}, model=model, use_test_size=True)['input_size']
+    assert model(torch.empty(2, *size, device='meta')).shape == (2, model.num_classes)
 
 
 @pytest.mark.parametrize('name', [n for n in ONE_OF_EACH if frames(n)])

@@ -176,6 +176,8 @@ def test_patch_size_and_overlap():
     (dict(dynamic_img_size=True), (1, 3, 30, 32), 'x: got height 30, needs a multiple of the stride 8'),
     ({}, (3, 32, 32), 'x: got 3 dimensions, needs images'),
     ({}, (1, 3, 4, 32, 32), 'x: got 5 dimensions, needs images'),
+    ({}, (1, 4, 32, 32), 'x: got 4 channels, needs in_chans 3'),
+    (dict(dynamic_img_size=True, stride=4), (1, 3, 32, 4), 'x: got width 4, needs at least the patch size 8'),
 ])
 def test_wrong_input(kwargs, shape, message):
     with pytest.raises(AssertionError, match=message):
@@ -186,11 +188,30 @@ def test_wrong_input(kwargs, shape, message):
     (dict(global_pool='map'), ValueError, "global_pool: got 'map'"),
     (dict(weight_init='kaiming'), ValueError, "weight_init: got 'kaiming'"),
     (dict(num_frames=5, tubelet_size=2), ValueError, 'num_frames: got 5, needs a multiple of tubelet_size 2'),
+    (dict(num_frames=0), ValueError, 'num_frames: got 0, needs at least 1'),
+    (dict(stride=0), ValueError, r'stride: got \(0, 0\), needs at least 1'),
+    (dict(img_size=7), ValueError, r'img_size: got \(7, 7\), needs at least the patch size 8 x 8'),
+    (dict(features_only=True, out_indices=()), ValueError, r'indices: got \(\), needs at least one of 0 to 2'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),
 ])
 def test_wrong_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         small(**kwargs)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(img_size=7), r'img_size: got \(7, 7\), needs at least the patch size 8 x 8'),
+    (dict(img_size=0), r'img_size: got \(0, 0\), needs at least the patch size'),
+    (dict(patch_size=33), r'img_size: got \(32, 32\), needs at least the patch size 33 x 33'),
+    (dict(patch_size=0), r'patch_size: got \(0, 0\), needs at least 1'),
+])
+def test_wrong_size_later(kwargs, message):
+    """A refused set_input_size leaves the model as it was."""
+    model, x = small().eval(), torch.randn(1, 3, 32, 32)
+    want = model(x)
+    with pytest.raises(ValueError, match=message):
+        model.set_input_size(**kwargs)
+    assert torch.equal(model(x), want)
 
 
 # timm's model interface

@@ -14,6 +14,13 @@ def resample_patch_kernel(kernel: torch.Tensor, patch_size: Tuple[int, int]) -> 
     return resample_patch_embed(frames, list(patch_size)).reshape(*kernel.shape[:-2], *patch_size)
 
 
+def _check_size(name: str, size: Size2, patch_size: Tuple[int, int] = (1, 1)) -> None:
+    """Refuse a size below that of a patch."""
+    if any(n < least for n, least in zip(to_2tuple(size), patch_size)):
+        needs = '1' if patch_size == (1, 1) else f'the patch size {patch_size[0]} x {patch_size[1]}'
+        raise ValueError(f'{name}: got {size}, needs at least {needs}')
+
+
 class PatchEmbed(nn.Module):
     """Images or clips to a grid of tokens by one convolution.
 
@@ -45,19 +52,25 @@ class PatchEmbed(nn.Module):
             strict_img_size: Refuse inputs of another size than img_size.
         """
         super().__init__()
+        _check_size('num_frames', num_frames)
+        _check_size('tubelet_size', tubelet_size)
         if num_frames % tubelet_size:
             raise ValueError(f'num_frames: got {num_frames}, needs a multiple of tubelet_size {tubelet_size}')
-        self.patch_size = to_2tuple(patch_size)
-        self.stride = to_2tuple(stride or patch_size)
+        self.in_chans = in_chans
         self.num_frames = num_frames
         self.tubelet_size = tubelet_size
         self.strict_img_size = strict_img_size
         self.is_clip = num_frames > 1
-        self._set_img_size(to_2tuple(img_size))
+        self._set_sizes(to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_size if stride is None else stride))
         self.proj = self._conv(in_chans, embed_dim, device=device, dtype=dtype)
 
-    def _set_img_size(self, img_size: Tuple[int, int]) -> None:
+    def _set_sizes(self, img_size: Tuple[int, int], patch_size: Tuple[int, int], stride: Tuple[int, int]) -> None:
+        _check_size('patch_size', patch_size)
+        _check_size('stride', stride)
+        _check_size('img_size', img_size, patch_size)
         self.img_size = img_size
+        self.patch_size = patch_size
+        self.stride = stride
         self.grid_size = self.dynamic_feat_size(img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -80,11 +93,15 @@ class PatchEmbed(nn.Module):
 
     def set_input_size(self, img_size: Optional[Size2] = None, patch_size: Optional[Size2] = None) -> None:
         """Change the image and patch size; non-overlapping patches stay so, kernels are resampled (FlexiViT)."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+        old_patch_size = self.patch_size
+        patch_size = old_patch_size if patch_size is None else to_2tuple(patch_size)
+        self._set_sizes(
+            self.img_size if img_size is None else to_2tuple(img_size),
+            patch_size,
+            patch_size if self.stride == old_patch_size else self.stride,
+        )
+        if patch_size != old_patch_size:
             old = self.proj
-            if self.stride == self.patch_size:
-                self.stride = to_2tuple(patch_size)
-            self.patch_size = to_2tuple(patch_size)
             self.proj = self._conv(
                 old.in_channels, old.out_channels, device=old.weight.device, dtype=old.weight.dtype)
             with torch.no_grad():
@@ -93,7 +110,6 @@ class PatchEmbed(nn.Module):
             for new_p, old_p in zip(self.proj.parameters(), old.parameters()):
                 new_p.requires_grad_(old_p.requires_grad)
             self.proj.train(old.training)
-        self._set_img_size(self.img_size if img_size is None else to_2tuple(img_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -109,11 +125,14 @@ class PatchEmbed(nn.Module):
             _assert(frames == self.num_frames, f'x: got {frames} frames, needs num_frames {self.num_frames}')
         else:
             _assert(x.ndim == 4, f'x: got {x.ndim} dimensions, needs images (batch, channels, height, width)')
-        H, W = x.shape[-2], x.shape[-1]
+        chans, H, W = x.shape[1], x.shape[-2], x.shape[-1]
+        _assert(chans == self.in_chans, f'x: got {chans} channels, needs in_chans {self.in_chans}')
         if self.strict_img_size:
             _assert(H == self.img_size[0], f"x: got height {H}, needs the model's img_size {self.img_size[0]}")
             _assert(W == self.img_size[1], f"x: got width {W}, needs the model's img_size {self.img_size[1]}")
         else:
+            _assert(H >= self.patch_size[0], f'x: got height {H}, needs at least the patch size {self.patch_size[0]}')
+            _assert(W >= self.patch_size[1], f'x: got width {W}, needs at least the patch size {self.patch_size[1]}')
             _assert(H % self.stride[0] == 0, f'x: got height {H}, needs a multiple of the stride {self.stride[0]}')
             _assert(W % self.stride[1] == 0, f'x: got width {W}, needs a multiple of the stride {self.stride[1]}')
         x = self.proj(x)

@@ -1,16 +1,20 @@
 """What the hierarchical families share: timm's feature interface over a stem, stages and a final norm."""
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+import inspect
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
-from timm.models._features import feature_take_indices
-from torch import nn
+from torch import _assert, nn
+
+from ._builder import build_model_with_cfg
+from ._checkpoints import StateDict
+from ._features import take_indices
 
 
 class HierarchicalModel(nn.Module):
     """Base of models made of a stem, stages that take and return maps (B, C, H, W), a final norm and a head.
 
-    A subclass sets num_classes, num_features, feature_info, stem, stages and norm, and defines reset_classifier and
-    forward_head. A stage has downsample, blocks and grad_checkpointing.
+    A subclass sets in_chans, num_classes, num_features, feature_info, stem, stages and norm, and defines
+    reset_classifier and forward_head. A stage has downsample, blocks and grad_checkpointing.
     """
 
     @torch.jit.ignore
@@ -33,7 +37,10 @@ class HierarchicalModel(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        """Recompute the blocks' activations in the backward pass instead of keeping them.
+
+        Batch norms in blocks then see a batch twice a step and update their running statistics twice, as in timm.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -66,10 +73,10 @@ class HierarchicalModel(nn.Module):
         """
         assert output_fmt in ('NCHW', 'NHWC'), 'Output format must be one of NCHW or NHWC.'
         intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        wanted, max_index = take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
 
-        x = self.stem(x)
+        x = self.forward_stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             stages = self.stages
         else:
@@ -77,7 +84,7 @@ class HierarchicalModel(nn.Module):
         i = 0
         for i, stage in enumerate(stages):
             x = stage(x)
-            if i in take_indices:
+            if i in wanted:
                 intermediates.append(self.norm(x) if norm and i == last_index else x)
 
         if output_fmt == 'NHWC':
@@ -96,7 +103,7 @@ class HierarchicalModel(nn.Module):
             prune_head: bool = True,
     ) -> List[int]:
         """Prune layers not required for specified intermediates."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        wanted, max_index = take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         if prune_norm or prune_end:
             self.norm = nn.Identity()
@@ -104,7 +111,14 @@ class HierarchicalModel(nn.Module):
         self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
-        return take_indices
+        return wanted
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to the first stage's input."""
+        _assert(x.ndim == 4, f'x: got {x.ndim} dimensions, needs images (batch, channels, height, width)')
+        chans = x.shape[1]
+        _assert(chans == self.in_chans, f'x: got {chans} channels, needs in_chans {self.in_chans}')
+        return self.stem(x)
 
     def forward_final(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map (B, C, H, W) to the final features."""
@@ -112,7 +126,7 @@ class HierarchicalModel(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images to the final features (B, C, H, W)."""
-        x = self.stem(x)
+        x = self.forward_stem(x)
         x = self.stages(x)
         return self.forward_final(x)
 
@@ -120,3 +134,38 @@ class HierarchicalModel(nn.Module):
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+
+def check_head(num_classes: int, global_pool: str) -> None:
+    """Refuse a classifier of features that are not pooled."""
+    if num_classes > 0 and not global_pool:
+        raise ValueError(f"global_pool: got '' with num_classes {num_classes}, needs a pooling, or num_classes 0")
+
+
+def build_hierarchical(
+        model_cls: Type[HierarchicalModel],
+        variant: str,
+        pretrained: bool,
+        filter_fn: Callable[[StateDict, nn.Module], StateDict],
+        **kwargs,
+) -> nn.Module:
+    """`build_model_with_cfg` for models whose features are those of their stages, all of them by default.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Its registered name.
+        pretrained: Load weights.
+        filter_fn: Fits a checkpoint to the model.
+    """
+    if 'img_size' in kwargs and 'img_size' not in inspect.signature(model_cls).parameters:
+        raise TypeError(
+            f'img_size: got {kwargs["img_size"]}, but {model_cls.__name__} takes images of any size: leave it out')
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )

@@ -17,13 +17,13 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import adapt_input_conv, checkpoint, checkpoint_seq, named_apply
-from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn import functional as F
 
 from .._compat import update_model_input_size
 from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
 from ._checkpoints import CheckpointMismatch, StateDict, refuse_mismatch, unwrap_state_dict
+from ._features import take_indices
 
 torch.fx.wrap('at_least_float32')
 
@@ -211,10 +211,10 @@ class IsotropicMamba(nn.Module):
             num_classes: Classes; 0 for no head.
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
-        self.num_classes = num_classes
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         dd = {'device': self.cls_token.device, 'dtype': self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
@@ -302,7 +302,7 @@ class IsotropicMamba(nn.Module):
         """
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        wanted, max_index = take_indices(len(self.blocks), indices)
 
         x = self.patch_embed(x)
         B, T, H, W, _ = x.shape
@@ -316,7 +316,7 @@ class IsotropicMamba(nn.Module):
                 x = checkpoint(blk, x)
             else:
                 x = blk(x)
-            if i in take_indices:
+            if i in wanted:
                 y = self._restore(x)
                 intermediates.append((self.norm(y) if norm else y).to(self.cls_token.dtype))
 
@@ -341,13 +341,13 @@ class IsotropicMamba(nn.Module):
             prune_head: bool = True,
     ) -> List[int]:
         """Prune layers not required for specified intermediates."""
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        wanted, max_index = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[:max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, '')
-        return take_indices
+        return wanted
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images or clips to normed tokens (B, 1 + T H W, C), the class token first."""

@@ -22,9 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import DtProj, ScanInputs, ScanMixer, float32_scan, init_A_log, init_dt, state_decay
-from ._builder import build_model_with_cfg
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
-from ._hierarchical import HierarchicalModel
+from ._hierarchical import HierarchicalModel, build_hierarchical, check_head
 
 __all__ = ['GroupMamba']
 
@@ -315,6 +314,7 @@ class GroupMamba(HierarchicalModel):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         _check_pool(global_pool)
+        check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -390,9 +390,11 @@ class GroupMamba(HierarchicalModel):
             num_classes: Classes; 0 for no head.
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
-        if global_pool is not None:
-            _check_pool(global_pool)
-            self.global_pool = global_pool
+        if global_pool is None:
+            global_pool = self.global_pool
+        _check_pool(global_pool)
+        check_head(num_classes, global_pool)
+        self.global_pool = global_pool
         weight = self.stem[0].weight
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features
@@ -490,15 +492,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GroupMamba)
 
 
 def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> GroupMamba:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model_with_cfg(
-        GroupMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_hierarchical(GroupMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -38,9 +38,8 @@ from torch.nn import functional as F
 from .._compat import update_model_input_size
 from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, scan, state_decay
 from ..ops import causal_conv1d
-from ._builder import build_model_with_cfg
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
-from ._hierarchical import HierarchicalModel
+from ._hierarchical import HierarchicalModel, build_hierarchical, check_head
 
 torch.fx.wrap('causal_conv1d')
 
@@ -258,9 +257,10 @@ class MambaVision(HierarchicalModel):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = to_2tuple(img_size)
+        self._set_img_size(img_size)
         window_sizes = self._stage_windows(window_size)
         # what set_input_size scales
         self._ref_img_size = self.img_size
@@ -330,6 +330,11 @@ class MambaVision(HierarchicalModel):
             raise ValueError(f'window_size: got {window_size}, needs a positive size, or one for each of four stages')
         return sizes
 
+    def _set_img_size(self, img_size: Size2) -> None:
+        if min(to_2tuple(img_size)) < 1:
+            raise ValueError(f'img_size: got {img_size}, needs at least 1')
+        self.img_size = to_2tuple(img_size)
+
     def set_input_size(
             self,
             img_size: Optional[Size2] = None,
@@ -343,7 +348,7 @@ class MambaVision(HierarchicalModel):
                 covers as much of it as before.
         """
         if img_size is not None:
-            self.img_size = to_2tuple(img_size)
+            self._set_img_size(img_size)
         if window_size is not None:
             self._ref_img_size = self.img_size
             self._ref_window_sizes = self._stage_windows(window_size)
@@ -365,6 +370,7 @@ class MambaVision(HierarchicalModel):
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
+        check_head(num_classes, global_pool)
         weight = self.stem[0].weight
         self.num_classes = num_classes
         self.global_pool, self.head = create_classifier(
@@ -412,18 +418,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: MambaVision
 
 
 def _create_mambavision(variant: str, pretrained: bool = False, **kwargs) -> MambaVision:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
     # the windows are those of the checkpoint's image size, although the model takes any
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', tuple(cfg.input_size[-2:]))
-    return build_model_with_cfg(
-        MambaVision,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    return build_hierarchical(MambaVision, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

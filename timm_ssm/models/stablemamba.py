@@ -121,8 +121,13 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-def _clip_cfg() -> Dict[str, Any]:
-    return _cfg(num_classes=400, crop_pct=1.0, interpolation='bilinear', first_conv=None)
+def _clip_cfg(num_frames: int) -> Dict[str, Any]:
+    return _cfg(
+        num_classes=400,
+        test_input_size=(3, num_frames, 224, 224),  # which timm's benchmark.py makes its inputs of
+        crop_pct=1.0, interpolation='bilinear',
+        first_conv=None,
+    )
 
 
 default_cfgs = generate_default_cfgs({
@@ -131,10 +136,10 @@ default_cfgs = generate_default_cfgs({
     'stablemamba_middle_patch16_224.untrained': _cfg(),
     'stablemamba_base_patch16_224.untrained': _cfg(),
     'stablemamba_large_patch16_224.untrained': _cfg(),
-    'stablemamba_tiny_patch16_f16_224.untrained': _clip_cfg(),
-    'stablemamba_small_patch16_f16_224.untrained': _clip_cfg(),
-    'stablemamba_middle_patch16_f16_224.untrained': _clip_cfg(),
-    'stablemamba_base_patch16_f16_224.untrained': _clip_cfg(),
+    'stablemamba_tiny_patch16_f16_224.untrained': _clip_cfg(16),
+    'stablemamba_small_patch16_f16_224.untrained': _clip_cfg(16),
+    'stablemamba_middle_patch16_f16_224.untrained': _clip_cfg(16),
+    'stablemamba_base_patch16_f16_224.untrained': _clip_cfg(16),
 })
 
 

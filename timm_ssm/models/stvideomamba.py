@@ -292,6 +292,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
         'url': url,
         'num_classes': 400, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
+        'test_input_size': (3, 16, 224, 224),  # which timm's benchmark.py makes its inputs of
         'crop_pct': 1.0, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': None, 'classifier': 'head',

@@ -55,6 +55,7 @@ def _clip_cfg(size: str, dataset: str, num_frames: int, trained_at: str = '224')
         hf_hub_filename=f'videomamba_{size}16_{dataset}_f{num_frames}_res{trained_at}.pth',
         num_classes={'k400': 400, 'ssv2': 174, 'breakfast': 10}[dataset.partition('_')[0]],
         input_size=(3, img_size, img_size),
+        test_input_size=(3, num_frames, img_size, img_size),  # which timm's benchmark.py makes its inputs of
         crop_pct=1.0, interpolation='bilinear',
         first_conv=None,  # a Conv3d, which timm does not adapt to other input channels: the checkpoint filter does
     )

@@ -169,23 +169,28 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-def _clip_cfg() -> Dict[str, Any]:
-    return _cfg(num_classes=400, crop_pct=1.0, interpolation='bilinear', first_conv=None)
+def _clip_cfg(num_frames: int) -> Dict[str, Any]:
+    return _cfg(
+        num_classes=400,
+        test_input_size=(3, num_frames, 224, 224),  # which timm's benchmark.py makes its inputs of
+        crop_pct=1.0, interpolation='bilinear',
+        first_conv=None,
+    )
 
 
 default_cfgs = generate_default_cfgs({
     'videomambapro_tiny_patch16_224.untrained': _cfg(),
     'videomambapro_small_patch16_224.untrained': _cfg(),
     'videomambapro_middle_patch16_224.untrained': _cfg(),
-    'videomambapro_tiny_patch16_f8_224.untrained': _clip_cfg(),
-    'videomambapro_tiny_patch16_f16_224.untrained': _clip_cfg(),
-    'videomambapro_tiny_patch16_f32_224.untrained': _clip_cfg(),
-    'videomambapro_small_patch16_f8_224.untrained': _clip_cfg(),
-    'videomambapro_small_patch16_f16_224.untrained': _clip_cfg(),
-    'videomambapro_small_patch16_f32_224.untrained': _clip_cfg(),
-    'videomambapro_middle_patch16_f8_224.untrained': _clip_cfg(),
-    'videomambapro_middle_patch16_f16_224.untrained': _clip_cfg(),
-    'videomambapro_middle_patch16_f32_224.untrained': _clip_cfg(),
+    'videomambapro_tiny_patch16_f8_224.untrained': _clip_cfg(8),
+    'videomambapro_tiny_patch16_f16_224.untrained': _clip_cfg(16),
+    'videomambapro_tiny_patch16_f32_224.untrained': _clip_cfg(32),
+    'videomambapro_small_patch16_f8_224.untrained': _clip_cfg(8),
+    'videomambapro_small_patch16_f16_224.untrained': _clip_cfg(16),
+    'videomambapro_small_patch16_f32_224.untrained': _clip_cfg(32),
+    'videomambapro_middle_patch16_f8_224.untrained': _clip_cfg(8),
+    'videomambapro_middle_patch16_f16_224.untrained': _clip_cfg(16),
+    'videomambapro_middle_patch16_f32_224.untrained': _clip_cfg(32),
 })
 
 
