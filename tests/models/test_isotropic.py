@@ -145,7 +145,8 @@ def test_input_of_timms_benchmark(name):
     """timm's benchmark.py makes batches of the cfg's test size: those of a clip model are clips of its frames."""
     model = timm.create_model(name, device='meta', depth=1)
     size = resolve_data_config({}, model=model, use_test_size=True)['input_size']
-    assert model(torch.empty(2, *size, device='meta')).shape == (2, model.num_classes)
+    assert tuple(size) == (3, *([frames(name)] if frames(name) else []), *model.patch_embed.img_size)
+    assert len(resolve_data_config({}, model=model)['input_size']) == 3
 
 
 @pytest.mark.parametrize('name', [n for n in ONE_OF_EACH if frames(n)])
