@@ -7,11 +7,12 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test timm-suite lint gpu
+.PHONY: help demo test timm-suite lint sanitize gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
 	@echo 'make lint   check the style'
+	@echo 'make sanitize   run the tests of the CPU kernels with address and undefined-behaviour sanitizers (minutes)'
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'make gpu    on a machine with a GPU: test the ops there, then time them (benchmarks/results)'
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
@@ -42,6 +43,20 @@ timm-suite: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+
+# A copy of the package with sanitized kernels. AddressSanitizer must come first in a process, hence LD_PRELOAD; with it,
+# PyTorch's tensors have guards around them, too.
+SANITIZED = build/sanitize
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r timm_ssm tests setup.cfg $(SANITIZED)
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized \
+		-fsanitize=address,undefined -fno-sanitize-recover=all csrc/native.cpp \
+		-o $(SANITIZED)/timm_ssm/ops/backends/_native.so
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest tests/ops -k native
 
 gpu: $(VENV)/installed
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a GPU that PyTorch can use"'

@@ -93,6 +93,43 @@ def test_instruction_sets_extreme_values(instruction_set, dtype):
     test_extremes.test_conv_activations('native', dtype)
 
 
+def _random_view(g):
+    """A function that lays a tensor out differently, if at all; what it returns may end where its storage ends."""
+    kind = torch.randint(4, (), generator=g).item()
+
+    def view(x):
+        if x.ndim < 3 or kind == 0:
+            return x
+        if kind == 1:  # the last of two slices
+            return torch.cat((x, x), -1)[..., x.shape[-1]:]
+        if kind == 2:  # every other token
+            return torch.stack((x, x), 2)[:, :, 1]
+        return x.transpose(1, -1).contiguous().transpose(1, -1)  # channels first
+    return view
+
+
+@needs_library
+@pytest.mark.parametrize('seed', range(24))
+def test_random_calls(seed):
+    """Shapes, layouts and forms at random, for the sanitizers (`make sanitize`) above all."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*options):
+        return options[torch.randint(len(options), (), generator=g).item()]
+
+    shape = dict(batch=pick(1, 2, 3), length=pick(1, 2, 31, 33, 64, 71), dtype=pick(torch.float32, torch.float64))
+    groups = pick(None, 1, 2, 3)
+    check_scan(
+        'native', **shape, channels=(groups or 1) * pick(1, 5, 16, 33), groups=groups, d_state=pick(1, 2, 3, 8, 13),
+        bidirectional=(bidirectional := pick(False, True)), make=_random_view(g), optional=pick(False, True),
+        residual=pick(False, True), mask_diagonal=pick(False, True), **({} if bidirectional else dict(
+            reverse=pick(False, True))))
+    check_conv(
+        'native', **shape, channels=pick(1, 5, 16, 33, 70), kernel_size=pick(1, 2, 3, 4, 6), make=_random_view(g),
+        bidirectional=(bidirectional := pick(False, True)), bias=pick(False, True), **({} if bidirectional else dict(
+            form=dict(centered=pick(False, True), reverse=pick(False, True), activation=pick('silu', None)))))
+
+
 @needs_library
 def test_same_bits_with_any_number_of_threads(threads):
     inputs = pairs(scan_inputs(3, 100, 96), scan_inputs(3, 100, 96, seed=7))
