@@ -96,7 +96,7 @@ def memory_rows() -> Iterator[Row]:
         print('no /proc/self/statm: cannot measure memory')
         return
     native = step_memory('native')
-    for how, goal in (('autograd', .35), ('naive', None)):
+    for how, goal in (('autograd', .35), ('eager', None)):
         other = step_memory(how)
         yield Row(f'peak memory of a training step, videomamba_tiny batch 8, native / {how}', native / other, goal,
                   less=True, detail=f'{native / 2 ** 20:.0f} against {other / 2 ** 20:.0f} MiB')

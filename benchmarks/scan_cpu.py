@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from harness import Row, report, time_in_turns
 
 from timm_ssm.ops import causal_conv1d, selective_scan
-from timm_ssm.ops.backends import native
+from timm_ssm.ops.backends import BACKENDS, native
 from timm_ssm.ops.calls import ScanCall
 
 #: (batch, length, channels, states)
@@ -126,14 +126,14 @@ def build_rows(seconds):
         for shape in SHORT[:2]:
             u, delta, A, B, C, D, z, bias = make_inputs(*shape)
             call = ScanCall([u], [delta], [A], [B], [C], [D], [bias], z, True, [False], False, [False])
-            out, y, states = native.scan_forward(call, True)
+            out, y, states = BACKENDS['native'].scan_forward(call, True)
 
             def run(name, function, *args):
                 native._lib = libraries[name]
                 return function(*args)
 
-            for title, args in (('forward', (native.scan_forward, call, False)),
-                                ('backward', (native.scan_backward, call, out, y, states))):
+            for title, args in (('forward', (BACKENDS['native'].scan_forward, call, False)),
+                                ('backward', (BACKENDS['native'].scan_backward, call, out, y, states))):
                 t = time_in_turns({
                     name: lambda name=name, args=args: run(name, *args) for name in libraries}, seconds)
                 yield Row(f'generic / -march=native, {title} {shape}', t['march'] / t['generic'], .95)
@@ -167,7 +167,7 @@ def error_rows():
     for shape in (*SHORT[:2], LONG[0]):
         inputs = make_inputs(*shape)
         got = selective_scan(*inputs, backend='native').double()
-        want = selective_scan(*(x.double() for x in inputs), backend='naive')
+        want = selective_scan(*(x.double() for x in inputs), backend='eager')
         yield Row(f'max error / max {shape}', ((got - want).abs().max() / want.abs().max()).item(), 1e-6, less=True)
 
 

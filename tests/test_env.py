@@ -32,7 +32,7 @@ def test_env_says_why_torchcodec_does_not_decode(capsys, monkeypatch):
 
 def test_slow_path_warns_once(monkeypatch):
     monkeypatch.setattr(backends, 'FORCED', '')
-    monkeypatch.setattr(backends, '_PREFERENCE', {'cpu': ('mamba_ssm', 'naive')})
+    monkeypatch.setattr(backends, 'PREFERENCE', {'cpu': ('mamba_ssm', 'eager')})
     monkeypatch.setattr(backends, '_warned', False)
     inputs = scan_inputs(length=3)
     with warnings.catch_warnings():

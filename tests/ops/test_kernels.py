@@ -16,7 +16,7 @@ from timm_ssm.ops import (
     causal_conv1d,
     selective_scan,
 )
-from timm_ssm.ops.backends import BACKENDS, backend_module
+from timm_ssm.ops.backends import BACKENDS
 from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
 
 from .utils import grads, pairs, relative_error, scan_inputs, too_old_to_interpret
@@ -33,7 +33,7 @@ FORMS = [
 
 
 def device_of(backend: str) -> str:
-    reason = backend_module(backend).unavailable()
+    reason = BACKENDS[backend].why_unavailable()
     if reason:
         pytest.skip(f'{backend}: {reason}')
     if backend == 'triton' and too_old_to_interpret():
@@ -315,6 +315,7 @@ def test_conv_deterministic(backend):
 
 SERVES = {
     'naive': set(TOLERANCE),
+    'eager': set(TOLERANCE),
     'native': set(TOLERANCE),
     'triton': set(TOLERANCE),
 }

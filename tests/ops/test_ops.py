@@ -195,7 +195,7 @@ def test_forced_backend(monkeypatch):
 
 def test_backend_report():
     report = backend_report()
-    assert report['naive']['available'] == 'yes'
+    assert report['naive']['available'] == report['eager']['available'] == 'yes'
     assert sum('cpu' in row['serves'] for row in report.values()) == 1
 
 
@@ -330,7 +330,7 @@ def test_trace(fn, make_args):
     torch.testing.assert_close(traced(args[0]), fn(*args), rtol=1e-4, atol=1e-5)
 
 
-def test_naive_memory_is_linear_in_length():
+def test_eager_memory_is_linear_in_length():
     """Saved states grow with the length, the rest does not: no (B, L, D, N) tensor is ever made."""
     limit = 40 * 64 * 16  # elements of a chunk's states, with room
 
@@ -345,13 +345,13 @@ def test_naive_memory_is_linear_in_length():
             return out
 
     inputs = scan_inputs(batch=1, length=1024, channels=64)
-    from timm_ssm.ops import naive
     from timm_ssm.ops.calls import ScanCall
+    eager = backends.BACKENDS['eager']
     lists = [[inputs[k]] for k in ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')]
     call = ScanCall(*lists, inputs['z'], True, [False], False, [False])
     with Largest() as largest:
-        out, y, states = naive.scan_forward(call, True)
-        naive.scan_backward(call, torch.randn_like(out), y, states)
+        out, y, states = eager.scan_forward(call, True)
+        eager.scan_backward(call, torch.randn_like(out), y, states)
     assert states.numel() == math.ceil(1024 / 32) * 64 * 16
     assert largest.size <= max(limit, 1024 * 64)
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from timm_ssm.ops import bidirectional_selective_scan, selective_scan
-from timm_ssm.ops.backends import backend_module
+from timm_ssm.ops.backends import BACKENDS
 from timm_ssm.ops.naive import selective_scan_naive
 
 from .test_kernels import both_directions
 from .utils import grads, pairs, relative_error, scan_inputs, too_old_to_interpret
 
 pytest.importorskip('triton')
-if backend_module('triton').unavailable():
-    pytest.skip(backend_module('triton').unavailable(), allow_module_level=True)
+if BACKENDS['triton'].why_unavailable():
+    pytest.skip(BACKENDS['triton'].why_unavailable(), allow_module_level=True)
 
 from timm_ssm.ops.backends.triton import backward, common, forward
 

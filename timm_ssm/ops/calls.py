@@ -1,10 +1,12 @@
-"""What a backend is asked to run: the arguments of one call of an op, already checked."""
-from typing import List, NamedTuple, Optional, Tuple
+"""What a backend is asked to run: one call of an op, its arguments checked and in their final dtypes."""
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-#: Tokens between the states that a forward pass keeps for the backward pass.
-STATE_STRIDE = 32
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Tokens between the states that a forward pass saves for the backward pass.
+CHUNK_SIZE = 32
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,7 +18,8 @@ class ScanCall(NamedTuple):
     """One call of the scan over one or two directions, whose outputs are summed and then gated.
 
     Lists have one entry a direction; `D` and `delta_bias` are empty where they are not given. `u`, `delta`, `B`, `C`
-    and `z` share one dtype and may have any strides, `A`, `D` and `delta_bias` are contiguous in `acc_dtype`.
+    and `z` share one dtype and may have any strides, `A`, `D` and `delta_bias` are contiguous in `acc_dtype`. The
+    fields are the arguments of the op's schema, in its order.
     """
     u: List[torch.Tensor]  # (B, L, D)
     delta: List[torch.Tensor]  # (B, L, D)
@@ -31,25 +34,39 @@ class ScanCall(NamedTuple):
     residual: bool
     mask_diagonal: List[bool]
 
+    @property
+    def input(self) -> torch.Tensor:
+        return self.u[0]
+
     def new_states(self) -> torch.Tensor:
-        """An uninitialised tensor for the states before every STATE_STRIDE-th token in scan order:
-        (directions, B, ceil(L / STATE_STRIDE), D, N)."""
-        u = self.u[0]
-        dtype = acc_dtype(u.dtype)
-        batch, length, channels = u.shape
-        chunks = (length + STATE_STRIDE - 1) // STATE_STRIDE
-        return u.new_empty((len(self.u), batch, chunks, channels, self.A[0].shape[1]), dtype=dtype)
+        """An uninitialised tensor for the states before every CHUNK_SIZE-th token in scan order:
+        (directions, B, ceil(L / CHUNK_SIZE), N, D)."""
+        batch, length, channels = self.u[0].shape
+        chunks = (length + CHUNK_SIZE - 1) // CHUNK_SIZE
+        return self.A[0].new_empty((len(self.u), batch, chunks, self.A[0].shape[1], channels))
+
+    def tensors(self) -> List[Optional[torch.Tensor]]:
+        """All tensors, those of `u` first and z, if only as None, last."""
+        return [*(x for xs in self[:7] for x in xs), self.z]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> 'ScanCall':
+        """The call with others in place of its `tensors()`."""
+        rest = iter(tensors)
+        return ScanCall(*([next(rest) for _ in xs] for xs in self[:7]), next(rest), *self[8:])
 
 
 #: What a backend's scan_forward returns: out; y, the sum before the gate; states as `ScanCall.new_states`. y and states
 #: are None unless the call is saved for a backward pass, y also where there is no gate.
 ScanResult = Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
+#: What scan_backward returns: [u, delta, A, B, C, D?, delta_bias?] of each direction, and z's gradient.
+ScanGradients = Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]
 
 
 class ConvCall(NamedTuple):
     """One call of the convolution over one or two directions of the same input, one output each.
 
-    `bias` is empty where it is not given. `x` may have any strides, `weight` and `bias` any float dtype.
+    `bias` is empty where it is not given. `x` may have any strides, `weight` and `bias` are contiguous in `acc_dtype`.
+    The fields are the arguments of the op's schema, in its order.
     """
     x: torch.Tensor  # (B, L, D)
     weight: List[torch.Tensor]  # (D, K)
@@ -57,3 +74,90 @@ class ConvCall(NamedTuple):
     silu: bool
     reverse: List[bool]
     centered: bool
+
+    @property
+    def input(self) -> torch.Tensor:
+        return self.x
+
+    def tensors(self) -> List[torch.Tensor]:
+        """All tensors, x first."""
+        return [self.x, *self.weight, *self.bias]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> 'ConvCall':
+        """The call with others in place of its `tensors()`."""
+        x, *rest = tensors
+        n = len(self.weight)
+        return ConvCall(x, rest[:n], rest[n:], *self[3:])
+
+
+#: What conv_backward returns: the gradients of x (summed over directions), of the weights and of the biases.
+ConvGradients = Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]
+
+
+def directions(name: str, xs: Sequence[torch.Tensor], count: int) -> List[torch.Tensor]:
+    """Argument `name` of a call of `count` directions as a list of dense tensors.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(xs, (tuple, list)) or len(xs) != count:
+        got = f'{len(xs)} items' if isinstance(xs, (tuple, list)) else 'None' if xs is None else type(xs).__name__
+        raise ValueError(f'{name}: got {got}, needs a pair of tensors (forward, reverse)')
+    for i, x in enumerate(xs):
+        if not isinstance(x, torch.Tensor):
+            got = 'None' if x is None else type(x).__name__
+        elif x.is_nested:
+            got = 'a nested tensor'
+        elif x.layout != torch.strided:
+            got = f'layout {x.layout}'
+        elif _is_distributed(x):
+            got = 'a DTensor'
+        else:
+            continue
+        raise ValueError(f'{_item(name, i, count)}: got {got}, needs a dense tensor on one device')
+    return list(xs)
+
+
+def _item(name: str, i: int, count: int) -> str:
+    return name if count == 1 else f'{name}[{i}]'
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    if type(x) in (torch.Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # slow to import, but the class of x has been imported
+    return isinstance(x, DTensor)
+
+
+def check(
+        name: str,
+        xs: Sequence[torch.Tensor],
+        shape: Optional[Tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        like: Tuple[str, torch.Tensor],
+        needs: Optional[Callable[[], str]] = None,
+) -> None:
+    """Check argument `name` in each direction.
+
+    Args:
+        name: Name of the argument.
+        xs: Its tensors, one a direction.
+        shape: Their shape, None if that of the first is already known to be wrong.
+        dtypes: The dtypes that they may have.
+        like: Name and tensor of the argument whose device, and dtype if there is no choice, they share.
+        needs: The shapes that the first may have, in words, if there is a choice.
+
+    Raises:
+        ValueError: One of them has another shape, dtype or device.
+    """
+    for i, x in enumerate(xs):
+        if x.shape != shape:
+            wrong = f'shape {tuple(x.shape)}, needs {needs() if needs and i == 0 else shape}'
+        elif x.dtype not in dtypes:
+            wanted = f'one of {", ".join(map(str, dtypes))}' if len(dtypes) > 1 else f'{dtypes[0]} like {like[0]}'
+            wrong = f'dtype {x.dtype}, needs {wanted}'
+        elif x.device != like[1].device:
+            wrong = f'device {x.device}, needs {like[1].device} like {like[0]}'
+        else:
+            continue
+        raise ValueError(f'{_item(name, i, len(xs))}: got {wrong}')

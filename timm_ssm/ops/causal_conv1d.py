@@ -6,9 +6,18 @@ from timm.layers import register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
-from .backends import choose
-from .calls import ConvCall, acc_dtype
-from .glue import autocast_dtype, below_autograd, exporting, needs_grad, parameter, refuse_second_derivative, run
+from .backends import select_backend
+from .calls import FLOAT_DTYPES, ConvCall, acc_dtype, check, directions
+from .glue import (
+    as_parameter,
+    autocast_dtype,
+    backend_name,
+    define_op,
+    exporting,
+    has_tangent,
+    refuse_higher_order,
+    register_autograd,
+)
 
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
@@ -82,9 +91,6 @@ def bidirectional_causal_conv1d(
         return tuple(_causal_conv1d(x, weight, bias, activation, [False, True], False, backend))
 
 
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def _causal_conv1d(
         x: torch.Tensor,
         weight: Sequence[torch.Tensor],
@@ -94,77 +100,54 @@ def _causal_conv1d(
         centered: bool,
         backend: Optional[str],
 ) -> List[torch.Tensor]:
+    n = len(reverse)
+    call = ConvCall(
+        directions('x', (x,), 1)[0], directions('weight', weight, n),
+        [] if bias is None else directions('bias', bias, n), activation == 'silu', reverse, centered)
+    if activation not in ('silu', None):
+        raise ValueError(f"activation: got {activation!r}, needs 'silu' or None")
+    call = _checked(call)
+    tensors = call.tensors()
+    if exporting() or has_tangent(tensors):
+        return exportable.run_conv(call)
+    return _op(*call, backend_name(call, backend))
+
+
+def _checked(call: ConvCall) -> ConvCall:
+    """`call` with x as autocast wants it and parameters as kernels want them.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype or device.
+    """
+    x, weight, bias, *flags = call
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    for i, w in enumerate(weight):
-        b = None if bias is None else bias[i]
-        if not _fits(x, w, b, activation):
-            raise ValueError(_misfit(x, w, b, activation))
-    acc = acc_dtype(x.dtype)
-    weight = [parameter(w, acc) for w in weight]
-    bias = [] if bias is None else [parameter(b, acc) for b in bias]
-    flags = (activation == 'silu', reverse, centered)
-
-    if exporting():
-        return [
-            exportable.conv1d(x, w, bias[i] if bias else None, flags[0], reverse[i], centered)
-            for i, w in enumerate(weight)
-        ]
-    return run(_op, _forward, (x, *weight, *bias), x, weight, bias, *flags, backend or '')
-
-
-def _fits(x, weight, bias, activation) -> bool:
-    return (
-        x.ndim == 3 and x.dtype in _FLOAT_DTYPES
-        and weight.ndim == 2 and weight.shape[0] == x.shape[2] and weight.shape[1] > 0
-        and weight.is_floating_point() and weight.device == x.device
-        and (bias is None or (
-            bias.shape == weight.shape[:1] and bias.is_floating_point() and bias.device == x.device))
-        and activation in ('silu', None)
-    )
-
-
-def _misfit(x, weight, bias, activation) -> str:
-    """The first thing that is wrong with the arguments."""
-    if x.ndim != 3:
-        return f'x: got shape {tuple(x.shape)}, needs (batch, length, channels)'
-    if x.dtype not in _FLOAT_DTYPES:
-        return f'x: got dtype {x.dtype}, needs one of {", ".join(map(str, _FLOAT_DTYPES))}'
-    if activation not in ('silu', None):
-        return f"activation: got {activation!r}, needs 'silu' or None"
+    like = 'x', x
+    check('x', [x], tuple(x.shape) if x.ndim == 3 else None, FLOAT_DTYPES, like, lambda: '(batch, length, channels)')
     channels = x.shape[2]
-    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
-        return f'weight: got shape {tuple(weight.shape)}, needs ({channels}, kernel size) for x {tuple(x.shape)}'
-    if bias is not None and bias.shape != (channels,):
-        return f'bias: got shape {tuple(bias.shape)}, needs ({channels},)'
-    for name, p in (('weight', weight), ('bias', bias)):
-        if p is not None and not p.is_floating_point():
-            return f'{name}: got dtype {p.dtype}, needs a floating-point dtype'
-        if p is not None and p.device != x.device:
-            return f'{name}: got device {p.device}, needs {x.device} like x'
-    raise AssertionError('unreachable: the arguments fit')
+    kernel_size = weight[0].shape[1] if weight[0].ndim == 2 and weight[0].shape[1] > 0 else None
+    shape = kernel_size and (channels, kernel_size)
+    check('weight', weight, shape, FLOAT_DTYPES, like, lambda: f'({channels}, kernel size)')
+    check('bias', bias, (channels,), FLOAT_DTYPES, like)
+    acc = acc_dtype(x.dtype)
+    weight, bias = ([as_parameter(p, acc) for p in ps] for ps in (weight, bias))
+    return ConvCall(x, weight, bias, *flags)
 
+
+# The op proper
 
 _ARGS = 'Tensor x, Tensor[] weight, Tensor[] bias, bool silu, bool[] reverse, bool centered'
-_lib = torch.library.Library('timm_ssm', 'FRAGMENT')
-_lib.define(f'causal_conv1d({_ARGS}, str backend) -> Tensor[]', tags=(torch.Tag.pt2_compliant_tag,))
-_lib.define(
-    f'causal_conv1d_backward({_ARGS}, Tensor[] grad_outs, str backend) -> Tensor[]',
-    tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _forward(*args) -> List[torch.Tensor]:
-    call = ConvCall(*args[:-1])
-    return choose(call, args[-1]).conv_forward(call)
-
-
-def _backward(*args) -> List[torch.Tensor]:
-    """Gradients of x, of each weight and of each bias."""
-    *call, grad_outs, backend = args
+    *call, backend = args
     call = ConvCall(*call)
-    dx, dweights, dbiases = choose(call, backend).conv_backward(call, grad_outs)
-    return [dx, *dweights, *dbiases]
+    return select_backend(call, backend).conv_forward(call)
+
+
+def _transformed(*args) -> List[torch.Tensor]:
+    return exportable.run_conv(ConvCall(*args[:-1]))
 
 
 def _forward_fake(*args) -> List[torch.Tensor]:
@@ -172,48 +155,38 @@ def _forward_fake(*args) -> List[torch.Tensor]:
     return [x.new_empty(x.shape) for _ in weight]
 
 
+def _backward(*args) -> List[torch.Tensor]:
+    """Gradients in the order of `ConvCall.tensors`."""
+    *call, grad_outs, backend = args
+    call = ConvCall(*call)
+    dx, dweights, dbiases = select_backend(call, backend).conv_backward(call, grad_outs)
+    return [dx, *dweights, *dbiases]
+
+
 def _backward_fake(*args) -> List[torch.Tensor]:
-    x, weight, bias = args[:3]
-    return [t.new_empty(t.shape) for t in (x, *weight, *bias)]
+    return [t.new_empty(t.shape) for t in ConvCall(*args[:-2]).tensors()]
 
 
-_lib.impl('causal_conv1d', _forward, 'CompositeExplicitAutograd')
-_lib.impl('causal_conv1d_backward', _backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('timm_ssm::causal_conv1d', _forward_fake, lib=_lib)
-torch.library.register_fake('timm_ssm::causal_conv1d_backward', _backward_fake, lib=_lib)
-_op = torch.ops.timm_ssm.causal_conv1d.default
-_op_backward = torch.ops.timm_ssm.causal_conv1d_backward.default
+_op = define_op(f'causal_conv1d({_ARGS}, str backend) -> Tensor[]', _forward, _forward_fake, _transformed)
+_op_backward = define_op(
+    f'causal_conv1d_backward({_ARGS}, Tensor[] grad_outs, str backend) -> Tensor[]', _backward, _backward_fake)
 
 
-class _CausalConv1d(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, config, x, *parameters):
-        flags, n, backend = config
-        ctx.config = config
-        ctx.save_for_backward(x, *parameters)
-        return tuple(run(
-            _op, _forward, (x, *parameters), x, parameters[:n], parameters[n:], *flags, backend))
-
-    @staticmethod
-    def backward(ctx, *grad_outs):
-        refuse_second_derivative('causal_conv1d')
-        x, *parameters = ctx.saved_tensors
-        flags, n, backend = ctx.config
-        return None, *run(
-            _op_backward, _backward, (x, *parameters, *grad_outs), x, parameters[:n], parameters[n:], *flags, grad_outs,
-            backend)
+def _setup_context(ctx, inputs, output) -> None:
+    *call, ctx.backend = inputs
+    call = ConvCall(*call)
+    tensors = call.tensors()
+    ctx.call = call.with_tensors([None] * len(tensors))
+    ctx.save_for_backward(*tensors)
 
 
-def _autograd(*args) -> List[torch.Tensor]:
-    x, weight, bias, silu, reverse, centered, backend = args
-    if not needs_grad((x, *weight, *bias)):
-        with below_autograd():
-            return _op(*args)
-    return list(_CausalConv1d.apply(((silu, reverse, centered), len(weight), backend), x, *weight, *bias))
+def _autograd(ctx, grad_outs: List[torch.Tensor]):
+    refuse_higher_order('causal_conv1d', grad_outs)
+    grads = _op_backward(*ctx.call.with_tensors(ctx.saved_tensors), grad_outs, ctx.backend)
+    return *ctx.call.with_tensors(grads)[:3], *[None] * 4
 
 
-_lib.impl('causal_conv1d', _autograd, 'Autograd')
+register_autograd('causal_conv1d', _autograd, _setup_context)
 
 
 @register_flop_formula(torch.ops.timm_ssm.causal_conv1d)

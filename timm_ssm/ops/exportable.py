@@ -1,8 +1,30 @@
-"""The ops in PyTorch operators that both ONNX exporters know, without a loop over tokens."""
+"""The ops in plain PyTorch operators, without a loop over tokens: what export to ONNX and torch.func see."""
 from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
+
+from .calls import ConvCall, ScanCall
+
+
+def run_scan(call: ScanCall) -> torch.Tensor:
+    """The result of `call`."""
+    out = None
+    for i, reverse in enumerate(call.reverse):
+        y = parallel_scan(
+            call.u[i], call.delta[i], call.A[i], call.B[i], call.C[i], call.D[i] if call.D else None, call.z,
+            call.delta_bias[i] if call.delta_bias else None,
+            call.delta_softplus, reverse, call.residual, call.mask_diagonal[i])
+        out = y if out is None else out + y
+    return out
+
+
+def run_conv(call: ConvCall) -> List[torch.Tensor]:
+    """The result of `call`: one output a direction."""
+    return [
+        conv1d(call.x, w, call.bias[i] if call.bias else None, call.silu, call.reverse[i], call.centered)
+        for i, w in enumerate(call.weight)
+    ]
 
 
 def parallel_scan(

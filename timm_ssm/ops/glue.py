@@ -1,12 +1,14 @@
 """What both ops need between their Python function and PyTorch's dispatcher."""
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, List, Optional, Union
 
 import torch
 from timm.layers import is_exportable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd.forward_ad import unpack_dual
 
-#: Context manager in which an op's call goes straight to its kernel, past autograd.
-below_autograd = torch._C._AutoDispatchBelowAutograd
+from .backends import select_backend
+from .calls import ConvCall, ScanCall
+
+_library = torch.library.Library('timm_ssm', 'FRAGMENT')
 
 
 def exporting() -> bool:
@@ -18,61 +20,67 @@ def exporting() -> bool:
     )
 
 
+def has_tangent(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
+    """Whether forward-mode AD differentiates a call on these tensors."""
+    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+
+
 def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
     """Whether autograd has to record a call on these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def run(op: Any, kernel: Callable, tensors: Iterable[Optional[torch.Tensor]], *args) -> Any:
-    """Call op(*args), whose tensors are `tensors`.
-
-    Where nobody is watching the op, that is kernel(*args): converting the arguments for PyTorch's dispatcher and back
-    takes a third of a call.
-    """
-    if torch.compiler.is_compiling() or needs_grad(tensors):
-        return op(*args)
-    if _plain(tensors):
-        return kernel(*args)
-    with below_autograd():
-        return op(*args)
-
-
-def _plain(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel: no modes, transforms, profiles, subclasses."""
-    return not (
-        is_in_torch_dispatch_mode()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+def backend_name(call: Union[ScanCall, ConvCall], backend: Optional[str]) -> str:
+    """The backend of a call's forward and backward pass; what is asked for, perhaps '', if it runs later or not at all:
+    under compilation, where the op itself selects one, and on the meta device."""
+    if torch.compiler.is_compiling() or call.input.is_meta:
+        return backend or ''
+    return select_backend(call, backend or '').name
 
 
 def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
     """The dtype that autocast wants activations like `x` in, None to leave them: it is off, or they are float64."""
-    if not torch._C._is_any_autocast_enabled():
+    device = x.device.type
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return None
-    device_type = x.device.type
-    if (
-            device_type == 'meta'  # knows no autocast
-            or not torch.is_autocast_enabled(device_type)
-            or x.dtype == torch.float64
-    ):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(device)
 
 
-def parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` as kernels take parameters: contiguous and in `dtype`."""
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def refuse_second_derivative(name: str) -> None:
+def define_op(schema: str, kernel: Callable, fake: Callable, transformed: Optional[Callable] = None) -> Any:
+    """Define an op of the library `timm_ssm`.
+
+    `torch.library.custom_op` does the same at twice the overhead of a call.
+
+    Args:
+        schema: Its schema.
+        kernel: What runs it on every device.
+        fake: Its result's shapes and dtypes, for compilation, export and the meta device.
+        transformed: What runs it under the transforms of torch.func, in operators that these know.
+    """
+    name = schema.partition('(')[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, 'CompositeExplicitAutograd')
+    torch.library.register_fake(f'timm_ssm::{name}', fake, lib=_library)
+    if transformed is not None:
+        _library.impl(name, transformed, 'FuncTorchDynamicLayerFrontMode')
+    return getattr(torch.ops.timm_ssm, name).default
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    torch.library.register_autograd(f'timm_ssm::{name}', backward, setup_context=setup_context, lib=_library)
+
+
+def refuse_higher_order(name: str, grad_outs: List[Optional[torch.Tensor]]) -> None:
     """Raise in the backward pass of op `name` if its result is to be differentiated again.
 
     `once_differentiable` notices only where the incoming gradient requires grad itself, and else drops terms silently.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled() or has_tangent(grad_outs):
         raise RuntimeError(f'{name}: its second derivative is not defined, use create_graph=False')

@@ -8,10 +8,20 @@ import torch
 from timm.layers import register_notrace_function
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import choose
-from .calls import ScanCall, ScanResult, acc_dtype
-from .exportable import parallel_scan
-from .glue import autocast_dtype, below_autograd, exporting, needs_grad, parameter, refuse_second_derivative, run
+from . import exportable
+from .backends import select_backend
+from .calls import FLOAT_DTYPES, ScanCall, acc_dtype, check, directions
+from .glue import (
+    as_parameter,
+    autocast_dtype,
+    backend_name,
+    define_op,
+    exporting,
+    has_tangent,
+    needs_grad,
+    refuse_higher_order,
+    register_autograd,
+)
 from .naive import selective_scan_naive
 
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
@@ -121,208 +131,143 @@ def bidirectional_selective_scan(
             backend)
 
 
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Tensors = Sequence[torch.Tensor]
-
-
 def _selective_scan(
-        u: Tensors,
-        delta: Tensors,
-        A: Tensors,
-        B: Tensors,
-        C: Tensors,
-        D: Optional[Tensors],
+        u: Sequence[torch.Tensor],
+        delta: Sequence[torch.Tensor],
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        C: Sequence[torch.Tensor],
+        D: Optional[Sequence[torch.Tensor]],
         z: Optional[torch.Tensor],
-        delta_bias: Optional[Tensors],
+        delta_bias: Optional[Sequence[torch.Tensor]],
         delta_softplus: bool,
         reverse: List[bool],
         residual: bool,
         mask_diagonal: List[bool],
         backend: Optional[str],
 ) -> torch.Tensor:
+    n = len(reverse)
+    call = ScanCall(
+        directions('u', u, n), directions('delta', delta, n), directions('A', A, n), directions('B', B, n),
+        directions('C', C, n), [] if D is None else directions('D', D, n),
+        [] if delta_bias is None else directions('delta_bias', delta_bias, n),
+        None if z is None else directions('z', (z,), 1)[0], delta_softplus, reverse, residual, mask_diagonal)
+    call = _checked(call)
+    tensors = call.tensors()
+    if exporting() or has_tangent(tensors):
+        return exportable.run_scan(call)
+    return _op(*call, needs_grad(tensors), backend_name(call, backend))[0]
+
+
+def _checked(call: ScanCall) -> ScanCall:
+    """`call` with activations as autocast wants them and parameters as kernels want them.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype or device.
+    """
+    u, delta, A, B, C, D, delta_bias, z, *flags = call
     dtype = autocast_dtype(u[0])
     if dtype is not None:
         u, delta, B, C = ([x.to(dtype) for x in xs] for xs in (u, delta, B, C))
         z = z if z is None else z.to(dtype)
-    for i in range(len(u)):
-        args = (u[i], delta[i], A[i], B[i], C[i], D and D[i], z, delta_bias and delta_bias[i])
-        if not _fits(*args):
-            raise ValueError(_misfit(*args))
-    acc = acc_dtype(u[0].dtype)
-    A = [parameter(x, acc) for x in A]
-    D = [] if D is None else [parameter(x, acc) for x in D]
-    delta_bias = [] if delta_bias is None else [parameter(x, acc) for x in delta_bias]
-    flags = (delta_softplus, reverse, residual, mask_diagonal)
 
-    if exporting():
-        out = None
-        for i in range(len(u)):
-            y = parallel_scan(
-                u[i], delta[i], A[i], B[i], C[i], D[i] if D else None, z, delta_bias[i] if delta_bias else None,
-                delta_softplus, reverse[i], residual, mask_diagonal[i])
-            out = y if out is None else out + y
-        return out
-    return run(_op, _forward, (*u, *delta, *A, *B, *C, *D, *delta_bias, z),
-               u, delta, A, B, C, D, delta_bias, z, *flags, False, backend or '')[0]
-
-
-def _fits(u, delta, A, B, C, D, z, delta_bias) -> bool:
-    shape, dtype, device = u.shape, u.dtype, u.device
-    if len(shape) != 3 or dtype not in _FLOAT_DTYPES or A.ndim != 2:
-        return False
+    like = 'u' if len(u) == 1 else 'u[0]', u[0]
+    shape = tuple(u[0].shape) if u[0].ndim == 3 else None
+    check('u', u[:1], shape, FLOAT_DTYPES, like, lambda: '(batch, length, channels)')
     batch, length, channels = shape
-    d_state, vector = A.shape[1], (channels,)
-    return (
-        delta.shape == shape and delta.dtype is dtype and delta.device == device
-        and A.shape[0] == channels and d_state > 0 and A.dtype in _FLOAT_DTYPES and A.device == device
-        and (B.shape == (batch, length, d_state)
-             or (B.ndim == 4 and B.shape[:2] == shape[:2] and B.shape[3] == d_state and B.shape[2] > 0
-                 and channels % B.shape[2] == 0))
-        and B.dtype is dtype and B.device == device
-        and C.shape == B.shape and C.dtype is dtype and C.device == device
-        and (D is None or (D.shape == vector and D.dtype in _FLOAT_DTYPES and D.device == device))
-        and (z is None or (z.shape == shape and z.dtype is dtype and z.device == device))
-        and (delta_bias is None or (
-            delta_bias.shape == vector and delta_bias.dtype in _FLOAT_DTYPES and delta_bias.device == device))
-    )
+    activation = u[0].dtype,
+    for name, xs in (('u', u), ('delta', delta), ('z', [] if z is None else [z])):
+        check(name, xs, shape, activation, like)
+    d_state = A[0].shape[1] if A[0].ndim == 2 and A[0].shape[1] > 0 else None
+    check('A', A, d_state and (channels, d_state), FLOAT_DTYPES, like, lambda: f'({channels}, d_state)')
+    grouped = B[0].ndim == 4 and B[0].shape[2] > 0 and channels % B[0].shape[2] == 0
+    shape_B = (batch, length, B[0].shape[2], d_state) if grouped else (batch, length, d_state)
+    check('B', B, shape_B, activation, like, lambda: (
+        f'{(batch, length, d_state)} or {(batch, length)} + (groups, {d_state}) with groups dividing the {channels} '
+        'channels'))
+    check('C', C, shape_B, activation, like)
+    check('D', D, (channels,), FLOAT_DTYPES, like)
+    check('delta_bias', delta_bias, (channels,), FLOAT_DTYPES, like)
+
+    acc = acc_dtype(u[0].dtype)
+    A, D, delta_bias = ([as_parameter(x, acc) for x in xs] for xs in (A, D, delta_bias))
+    return ScanCall(u, delta, A, B, C, D, delta_bias, z, *flags)
 
 
-def _misfit(u, delta, A, B, C, D, z, delta_bias) -> str:
-    """The first thing that is wrong with the arguments."""
-    if u.ndim != 3:
-        return f'u: got shape {tuple(u.shape)}, needs (batch, length, channels)'
-    if u.dtype not in _FLOAT_DTYPES:
-        return f'u: got dtype {u.dtype}, needs one of {", ".join(map(str, _FLOAT_DTYPES))}'
-    shape, channels = tuple(u.shape), u.shape[2]
-    if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
-        return f'A: got shape {tuple(A.shape)}, needs ({channels}, d_state) for u {shape}'
-    d_state = A.shape[1]
-    needs = {'delta': shape, 'D': (channels,), 'z': shape, 'delta_bias': (channels,), 'C': tuple(B.shape)}
-    grouped = B.ndim == 4 and B.shape[2] > 0 and channels % B.shape[2] == 0
-    if tuple(B.shape) != (*shape[:2], *((B.shape[2],) if grouped else ()), d_state):
-        return (
-            f'B: got shape {tuple(B.shape)}, needs {(*shape[:2], d_state)} or {shape[:2]} + (groups, {d_state}) with '
-            f'groups dividing the {channels} channels')
-    tensors = dict(delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if name in needs and tuple(x.shape) != needs[name]:
-            return f'{name}: got shape {tuple(x.shape)}, needs {needs[name]}'
-        if name in ('delta', 'B', 'C', 'z') and x.dtype != u.dtype:
-            return f'{name}: got dtype {x.dtype}, needs {u.dtype} like u'
-        if x.dtype not in _FLOAT_DTYPES:
-            return f'{name}: got dtype {x.dtype}, needs one of {", ".join(map(str, _FLOAT_DTYPES))}'
-        if x.device != u.device:
-            return f'{name}: got device {x.device}, needs {u.device} like u'
-    raise AssertionError('unreachable: the arguments fit')
+# The op proper
 
-
-# The op proper. A schema, kernels and an autograd.Function: `torch.library.custom_op` + `register_autograd` do the same
-# at three times the call overhead.
 _ARGS = (
     'Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] delta_bias, Tensor? z, '
     'bool delta_softplus, bool[] reverse, bool residual, bool[] mask_diagonal'
 )
-_lib = torch.library.Library('timm_ssm', 'FRAGMENT')
-_lib.define(
-    f'selective_scan({_ARGS}, bool save, str backend) -> (Tensor out, Tensor y, Tensor states)',
-    tags=(torch.Tag.pt2_compliant_tag,))
-_lib.define(
-    f'selective_scan_backward({_ARGS}, Tensor grad_out, Tensor y, Tensor states, str backend) -> Tensor[]',
-    tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _forward(*args) -> ScanResult:
+def _forward(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *call, save, backend = args
     call = ScanCall(*call)
-    return choose(call, backend).scan_forward(call, save)
+    return _tensors(*select_backend(call, backend).scan_forward(call, save))
 
 
-def _forward_tensors(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_forward` with empty tensors for what is not there, which a schema cannot leave out."""
-    out, y, states = _forward(*args)
+def _transformed(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _tensors(exportable.run_scan(ScanCall(*args[:-2])), None, None)
+
+
+def _tensors(out: torch.Tensor, y: Optional[torch.Tensor], states: Optional[torch.Tensor]):
+    """Empty tensors for what is not there, which a schema cannot leave out."""
     return out, out.new_empty(0) if y is None else y, out.new_empty(0) if states is None else states
-
-
-def _backward(*args) -> List[torch.Tensor]:
-    """Gradients in the order of the tensor arguments (u of each direction, delta of each, ...), z's last if given."""
-    *call, grad_out, y, states, backend = args
-    call = ScanCall(*call)
-    grads, dz = choose(call, backend).scan_backward(call, grad_out, y, states)
-    grads = [g for argument in zip(*grads) for g in argument]
-    return grads if dz is None else [*grads, dz]
 
 
 def _forward_fake(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *call, save, _ = args
     call = ScanCall(*call)
-    u = call.u[0]
-    y = u.new_empty(u.shape if save and call.z is not None else 0)
-    return u.new_empty(u.shape), y, call.new_states() if save else u.new_empty(0)
+    out = call.input.new_empty(call.input.shape)
+    y = torch.empty_like(out) if save and call.z is not None else None
+    return _tensors(out, y, call.new_states() if save else None)
+
+
+def _backward(*args) -> List[torch.Tensor]:
+    """Gradients in the order of `ScanCall.tensors`, z's only if it is given."""
+    *call, grad_out, y, states, backend = args
+    call = ScanCall(*call)
+    grads, dz = select_backend(call, backend).scan_backward(call, grad_out, y, states)
+    grads = [g for argument in zip(*grads) for g in argument]
+    return grads if dz is None else [*grads, dz]
 
 
 def _backward_fake(*args) -> List[torch.Tensor]:
-    call = ScanCall(*args[:12])
-    tensors = [*call.u, *call.delta, *call.A, *call.B, *call.C, *call.D, *call.delta_bias]
-    if call.z is not None:
-        tensors.append(call.z)
-    return [x.new_empty(x.shape) for x in tensors]
+    return [x.new_empty(x.shape) for x in ScanCall(*args[:-4]).tensors() if x is not None]
 
 
-_lib.impl('selective_scan', _forward_tensors, 'CompositeExplicitAutograd')
-_lib.impl('selective_scan_backward', _backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('timm_ssm::selective_scan', _forward_fake, lib=_lib)
-torch.library.register_fake('timm_ssm::selective_scan_backward', _backward_fake, lib=_lib)
-_op = torch.ops.timm_ssm.selective_scan.default
-_op_backward = torch.ops.timm_ssm.selective_scan_backward.default
+_op = define_op(
+    f'selective_scan({_ARGS}, bool save, str backend) -> (Tensor out, Tensor y, Tensor states)',
+    _forward, _forward_fake, _transformed)
+_op_backward = define_op(
+    f'selective_scan_backward({_ARGS}, Tensor grad_out, Tensor y, Tensor states, str backend) -> Tensor[]',
+    _backward, _backward_fake)
 
 
-class _SelectiveScan(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, config, z, *tensors):
-        n, has_D, has_bias, flags, backend = config
-        lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
-        out, y, states = run(_op, _forward_tensors, (*tensors, z), *lists, z, *flags, True, backend)
-        ctx.config = config
-        ctx.save_for_backward(z, y, states, *tensors)
-        ctx.mark_non_differentiable(y, states)
-        ctx.set_materialize_grads(False)  # no zeros for y and states
-        return out, y, states
-
-    @staticmethod
-    def backward(ctx, grad_out, *_):
-        refuse_second_derivative('selective_scan')
-        z, y, states, *tensors = ctx.saved_tensors
-        if grad_out is None:
-            return (None,) * (2 + len(tensors))
-        n, has_D, has_bias, flags, backend = ctx.config
-        lists = _SelectiveScan.lists(tensors, n, has_D, has_bias)
-        grads = run(
-            _op_backward, _backward, (*tensors, z, grad_out), *lists, z, *flags, grad_out, y, states, backend)
-        if z is None:
-            return None, None, *grads
-        return None, grads[-1], *grads[:-1]
-
-    @staticmethod
-    def lists(tensors, n: int, has_D: bool, has_bias: bool) -> List[List[torch.Tensor]]:
-        """Undo the flattening: u, delta, A, B, C, D, delta_bias, each a list over directions."""
-        it = iter(tensors)
-        return [[next(it) for _ in range(n)] if given else [] for given in (True,) * 5 + (has_D, has_bias)]
+def _setup_context(ctx, inputs, output) -> None:
+    *call, ctx.saved, ctx.backend = inputs
+    call = ScanCall(*call)
+    tensors = call.tensors()
+    ctx.call = call.with_tensors([None] * len(tensors))
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for y and states
 
 
-def _autograd(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *lists, z, delta_softplus, reverse, residual, mask_diagonal, save, backend = args
-    tensors = [x for xs in lists for x in xs]
-    if not needs_grad((*tensors, z)):
-        with below_autograd():
-            return _op(*args)
-    flags = (delta_softplus, reverse, residual, mask_diagonal)
-    return _SelectiveScan.apply((len(lists[0]), bool(lists[5]), bool(lists[6]), flags, backend), z, *tensors)
+def _autograd(ctx, grad_out: Optional[torch.Tensor], *_):
+    refuse_higher_order('selective_scan', [grad_out])
+    if not ctx.saved:
+        raise RuntimeError('selective_scan: got save=False, needs save=True to be differentiated')
+    y, states, *tensors = ctx.saved_tensors
+    grads = [None] * len(tensors)
+    if grad_out is not None:
+        grads = _op_backward(*ctx.call.with_tensors(tensors), grad_out, y, states, ctx.backend)
+    return *ctx.call.with_tensors([*grads, None])[:8], *[None] * 6  # the last None: z's, if it is not given
 
 
-_lib.impl('selective_scan', _autograd, 'Autograd')
+register_autograd('selective_scan', _autograd, _setup_context)
 
 
 def scan_flops(

@@ -1,100 +1,81 @@
-"""The machines that run the ops, one module each, and the choice between them.
+"""The backends of the ops, and the choice between them.
 
-A backend is a module with
-
-    unavailable() -> Optional[str]           why it cannot be used on this machine, None if it can
-    refuses_scan(call: ScanCall) -> Optional[str]    why it cannot run this call, None if it can
-    scan_forward(call, save) -> ScanResult
-    scan_backward(call, grad_out, y, states) -> (gradients of each direction, gradient of z)
-    refuses_conv(call: ConvCall), conv_forward(call), conv_backward(call, grad_outs)
-
-as `ops/naive.py`, itself one of them, spells out.
+`base.Backend` is what a backend is; docs/kernels.md says how to add one.
 """
-import functools
-import importlib
 import os
 import warnings
-from types import ModuleType
-from typing import Dict, List, Optional, Union
+from typing import Dict, List, Union
 
 from ..calls import ConvCall, ScanCall
+from .base import Backend
+from .eager import Eager
+from .mamba_ssm import MambaSsm
+from .naive import Naive
+from .native import Native
+from .triton import Triton
 
-_MODULES = {
-    'native': 'timm_ssm.ops.backends.native',
-    'triton': 'timm_ssm.ops.backends.triton',
-    'mamba_ssm': 'timm_ssm.ops.backends.mamba_ssm',
-    'naive': 'timm_ssm.ops.naive',
+BACKENDS: Dict[str, Backend] = {b.name: b for b in (Native(), Triton(), MambaSsm(), Eager(), Naive())}
+#: Order of preference on each type of device; types not named here take the eager backend.
+PREFERENCE = {
+    'cpu': ('native', 'eager'),
+    'cuda': ('triton', 'mamba_ssm', 'eager'),
 }
-BACKENDS = tuple(_MODULES)
-#: Order of preference on each device type; devices not named here take `naive`.
-_PREFERENCE = {
-    'cpu': ('native', 'naive'),
-    'cuda': ('triton', 'mamba_ssm', 'naive'),
-}
-#: The backend that the environment asks for, read once: looking there takes as long as all the rest of `choose`.
+#: The backend that the environment asks for, read once: looking there takes as long as the rest of `select_backend`.
 FORCED = os.environ.get('TIMM_SSM_BACKEND', '')
 
 
-@functools.lru_cache(None)
-def backend_module(name: str) -> ModuleType:
-    """Import the module of the backend called `name`."""
-    if name not in _MODULES:
-        raise ValueError(f'backend: got {name!r}, needs one of {", ".join(map(repr, _MODULES))}')
-    return importlib.import_module(_MODULES[name])
-
-
-def choose(call: Union[ScanCall, ConvCall], backend: str = '') -> ModuleType:
+def select_backend(call: Union[ScanCall, ConvCall], backend: str = '') -> Backend:
     """The backend that runs `call`: the one asked for, or the first of the device's order that can.
 
     Args:
         call: What is to be run.
-        backend: Name of the backend to use; empty to take `FORCED` or, where that is empty too, to choose by device.
+        backend: Name of the backend to use; empty to take `FORCED` or, where that is empty too, to select by device.
 
     Raises:
         ValueError: The backend asked for does not exist.
         RuntimeError: The backend asked for cannot run here, or cannot run this call.
     """
-    if backend or FORCED:
-        module = backend_module(backend or FORCED)
-        reason = _refusal(module, call)
+    name = backend or FORCED
+    if name:
+        if name not in BACKENDS:
+            raise ValueError(f'backend: got {name!r}, needs one of {", ".join(map(repr, BACKENDS))}')
+        reason = _why_not(BACKENDS[name], call)
         if reason:
             asked_by = f'backend={backend}' if backend else f'TIMM_SSM_BACKEND={FORCED}'
             raise RuntimeError(f'{asked_by} cannot serve this call: {reason}')
-        return module
-    device = (call.u[0] if isinstance(call, ScanCall) else call.x).device
-    refusals = {}
-    for name in _PREFERENCE.get(device.type, ('naive',)):
-        module = backend_module(name)
-        reason = _refusal(module, call)
-        if not reason:
-            if name == 'naive':
-                _warn_if_slow(call, refusals)
-            return module
-        refusals[name] = reason
-    raise AssertionError('unreachable: the naive backend runs every call')
+        return BACKENDS[name]
+    reasons = {}
+    for name in PREFERENCE.get(call.input.device.type, ()):
+        reasons[name] = _why_not(BACKENDS[name], call)
+        if not reasons[name]:
+            break
+    else:
+        name = 'eager'
+    if name == 'eager':
+        _warn_if_slow(call, reasons)
+    return BACKENDS[name]
 
 
-#: State updates of a call (B L D N a direction) from which on `naive` is worth a warning: a small model's at batch 4.
+def _why_not(backend: Backend, call: Union[ScanCall, ConvCall]) -> str:
+    return backend.why_unavailable() or backend.why_unsupported(call) or ''
+
+
+#: State updates of a call (B L D N a direction) from which on `eager` is worth a warning: a small model's at batch 4.
 SLOW = 1 << 24
 _warned = False
 
 
-def _warn_if_slow(call: Union[ScanCall, ConvCall], refusals: Dict[str, str]) -> None:
+def _warn_if_slow(call: Union[ScanCall, ConvCall], reasons: Dict[str, str]) -> None:
     """Say once per process that a large scan runs on the slow path, why, and what to do."""
     global _warned
     if _warned or isinstance(call, ConvCall) or len(call.u) * call.u[0].numel() * call.A[0].shape[1] < SLOW:
         return
     _warned = True
-    reasons = ''.join(f'\n  {name}: {reason}' for name, reason in refusals.items())
+    lines = ''.join(f'\n  {name}: {reason}' for name, reason in reasons.items() if reason)
     warnings.warn(
-        f'the selective scan of a large model runs on {call.u[0].device} in plain PyTorch, which is slow.{reasons}\n'
+        f'the selective scan of a large model runs on {call.u[0].device} in plain PyTorch, which is slow.{lines}\n'
         'See `python -m timm_ssm.env` for what can run here; with a GPU, install triton; on a CPU, reinstall timm-ssm '
         'with a C++ compiler at hand.', stacklevel=2)
-
-
-def _refusal(module: ModuleType, call: Union[ScanCall, ConvCall]) -> Optional[str]:
-    return module.unavailable() or (
-        module.refuses_scan(call) if isinstance(call, ScanCall) else module.refuses_conv(call))
 
 
 def backend_report() -> Dict[str, Dict[str, Union[str, List[str]]]]:
@@ -103,12 +84,12 @@ def backend_report() -> Dict[str, Dict[str, Union[str, List[str]]]]:
     Returns:
         For each backend `available` ('yes', or the reason why not) and `serves`, the device types that use it first.
     """
-    reasons = {name: backend_module(name).unavailable() for name in _MODULES}
-    first = {device: next(n for n in order if reasons[n] is None) for device, order in _PREFERENCE.items()}
+    reasons = {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
+    first = {device: next(n for n in order if reasons[n] is None) for device, order in PREFERENCE.items()}
     return {
         name: {
             'available': reason or 'yes',
-            'serves': [device for device, chosen in first.items() if chosen == name],
+            'serves': [device for device, name_of_first in first.items() if name_of_first == name],
         }
         for name, reason in reasons.items()
     }

@@ -13,11 +13,8 @@ from typing import List, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 
-from ..calls import ConvCall, ScanCall, ScanResult
-
-NAME = 'mamba_ssm'
-MAX_D_STATE = 256  # of the compiled kernels
-KERNEL_SIZES = (2, 3, 4)
+from ..calls import ConvCall, ConvGradients, ScanCall, ScanGradients, ScanResult
+from .base import Backend
 
 
 @cache
@@ -37,44 +34,91 @@ def _conv_module() -> Union[ModuleType, str]:
     return _import('causal_conv1d.cpp_functions')
 
 
-def unavailable() -> Optional[str]:
-    """Why this backend cannot be used on this machine, None if it can."""
-    if not torch.cuda.is_available():
-        return 'no GPU that PyTorch can use'
-    module = _scan_module()
-    return module if isinstance(module, str) else None
+class MambaSsm(Backend):
+    name = 'mamba_ssm'
+    devices = ('cuda',)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    max_d_state = 256
+    kernel_sizes = (2, 3, 4)
+    forms = ()
+    empty = False
+    deterministic = False
 
+    def why_unavailable(self) -> Optional[str]:
+        if not torch.cuda.is_available():
+            return 'no GPU that PyTorch can use'
+        module = _scan_module()
+        return module if isinstance(module, str) else None
 
-def _refuses(x: torch.Tensor) -> Optional[str]:
-    if x.device.type != 'cuda':
-        return f'it runs on a GPU, the call is on {x.device}'
-    if x.dtype == torch.float64:
-        return 'it takes float32, bfloat16 and float16, the call is float64'
-    if x.numel() == 0:
-        return 'it takes no empty input'
-    return None
+    def why_unsupported(self, call: Union[ScanCall, ConvCall]) -> Optional[str]:
+        if isinstance(call, ConvCall) and isinstance(_conv_module(), str):
+            return _conv_module()
+        return super().why_unsupported(call)
 
+    def scan_forward(self, call: ScanCall, save: bool) -> ScanResult:
+        y = None
+        for i in range(len(call.u)):
+            out = _scan_module().fwd(*_scan_arguments(call, i), call.delta_softplus)[0]
+            out = _tokens_first(out, call.reverse[i])
+            y = out if y is None else y + out
+        states = call.new_states() if save else None
+        if call.z is None:
+            return y, None, states
+        return y * F.silu(call.z), y if save else None, states
 
-def refuses_scan(call: ScanCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    if call.residual or any(call.mask_diagonal):
-        return 'it knows neither `residual` nor `mask_diagonal`'
-    if call.A[0].shape[1] > MAX_D_STATE:
-        return f'it takes up to {MAX_D_STATE} states, the call has {call.A[0].shape[1]}'
-    return _refuses(call.u[0])
+    def scan_backward(
+            self,
+            call: ScanCall,
+            grad_out: torch.Tensor,
+            y: torch.Tensor,
+            states: torch.Tensor,
+    ) -> ScanGradients:
+        dy, dz = grad_out, None
+        if call.z is not None:
+            z = call.z.float()
+            gate = torch.sigmoid(z)
+            dz = (grad_out * y * gate * (1. + z * (1. - gate))).to(grad_out.dtype)
+            dy = (grad_out * z * gate).to(grad_out.dtype)
+        gradients = []
+        for i, reverse in enumerate(call.reverse):
+            arguments = _scan_arguments(call, i)
+            chunk_states = _scan_module().fwd(*arguments, call.delta_softplus)[1]
+            du, ddelta, dA, dB, dC, dD, dbias, *_ = _scan_module().bwd(
+                *arguments, _channels_first(dy, reverse), chunk_states, None, None, call.delta_softplus, False)
+            du, ddelta, dB, dC = (_tokens_first(g, reverse).to(grad_out.dtype) for g in (du, ddelta, dB, dC))
+            one = [du, ddelta, dA, dB.view(call.B[i].shape), dC.view(call.C[i].shape)]
+            if call.D:
+                one.append(dD)
+            if call.delta_bias:
+                one.append(dbias)
+            gradients.append(one)
+        return gradients, dz
 
+    def conv_forward(self, call: ConvCall) -> List[torch.Tensor]:
+        outs = []
+        for i, reverse in enumerate(call.reverse):
+            out = _conv_module().causal_conv1d_fwd_function(
+                _conv_input(call.x, reverse), call.weight[i], call.bias[i] if call.bias else None,
+                None, None, None, call.silu)
+            outs.append(_tokens_first(out, reverse))
+        return outs
 
-def refuses_conv(call: ConvCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    module = _conv_module()
-    if isinstance(module, str):
-        return module
-    kernel_size = call.weight[0].shape[1]
-    if kernel_size not in KERNEL_SIZES:
-        return f'it takes kernels of 2 to 4 taps, the call has {kernel_size}'
-    if call.centered:
-        return 'it knows no centered convolution'
-    return _refuses(call.x)
+    def conv_backward(
+            self,
+            call: ConvCall,
+            grad_outs: List[torch.Tensor],
+    ) -> ConvGradients:
+        dx, dweights, dbiases = None, [], []
+        for i, reverse in enumerate(call.reverse):
+            di, dweight, dbias, _ = _conv_module().causal_conv1d_bwd_function(
+                _conv_input(call.x, reverse), call.weight[i], call.bias[i] if call.bias else None,
+                _conv_input(grad_outs[i], reverse), None, None, None, None, False, call.silu)
+            di = _tokens_first(di, reverse)
+            dx = di if dx is None else dx + di
+            dweights.append(dweight)
+            if call.bias:
+                dbiases.append(dbias)
+        return dx, dweights, dbiases
 
 
 def _ordered(x: torch.Tensor, reverse: bool) -> torch.Tensor:
@@ -100,79 +144,8 @@ def _scan_arguments(call: ScanCall, i: int) -> Tuple[Optional[torch.Tensor], ...
         call.delta_bias[i] if call.delta_bias else None)
 
 
-def scan_forward(call: ScanCall, save: bool) -> ScanResult:
-    """Run `call`. The states stay unwritten."""
-    y = None
-    for i in range(len(call.u)):
-        out = _scan_module().fwd(*_scan_arguments(call, i), call.delta_softplus)[0]
-        out = _tokens_first(out, call.reverse[i])
-        y = out if y is None else y + out
-    states = call.new_states() if save else None
-    if call.z is None:
-        return y, None, states
-    return y * F.silu(call.z), y if save else None, states
-
-
-def scan_backward(
-        call: ScanCall,
-        grad_out: torch.Tensor,
-        y: torch.Tensor,
-        states: torch.Tensor,
-) -> Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]:
-    """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
-    dy, dz = grad_out, None
-    if call.z is not None:
-        z = call.z.float()
-        gate = torch.sigmoid(z)
-        dz = (grad_out * y * gate * (1. + z * (1. - gate))).to(grad_out.dtype)
-        dy = (grad_out * z * gate).to(grad_out.dtype)
-    gradients = []
-    for i, reverse in enumerate(call.reverse):
-        arguments = _scan_arguments(call, i)
-        chunk_states = _scan_module().fwd(*arguments, call.delta_softplus)[1]
-        du, ddelta, dA, dB, dC, dD, dbias, *_ = _scan_module().bwd(
-            *arguments, _channels_first(dy, reverse), chunk_states, None, None, call.delta_softplus, False)
-        du, ddelta, dB, dC = (_tokens_first(g, reverse).to(grad_out.dtype) for g in (du, ddelta, dB, dC))
-        one = [du, ddelta, dA, dB.view(call.B[i].shape), dC.view(call.C[i].shape)]
-        if call.D:
-            one.append(dD)
-        if call.delta_bias:
-            one.append(dbias)
-        gradients.append(one)
-    return gradients, dz
-
-
 def _conv_input(x: torch.Tensor, reverse: bool) -> torch.Tensor:
     """(B, L, D) in memory order to (B, D, L) in scan order: as a view of tokens if these are aligned, else copied."""
     x = _ordered(x, reverse).transpose(1, 2)
     aligned = x.shape[1] % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
     return x if aligned and x.stride(2) > 1 else x.contiguous()
-
-
-def conv_forward(call: ConvCall) -> List[torch.Tensor]:
-    """Run `call`: one output a direction."""
-    outs = []
-    for i, reverse in enumerate(call.reverse):
-        out = _conv_module().causal_conv1d_fwd_function(
-            _conv_input(call.x, reverse), call.weight[i], call.bias[i] if call.bias else None,
-            None, None, None, call.silu)
-        outs.append(_tokens_first(out, reverse))
-    return outs
-
-
-def conv_backward(
-        call: ConvCall,
-        grad_outs: List[torch.Tensor],
-) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
-    """Gradients of x (summed over directions), of the weights and of the biases of `call`."""
-    dx, dweights, dbiases = None, [], []
-    for i, reverse in enumerate(call.reverse):
-        di, dweight, dbias, _ = _conv_module().causal_conv1d_bwd_function(
-            _conv_input(call.x, reverse), call.weight[i], call.bias[i] if call.bias else None,
-            _conv_input(grad_outs[i], reverse), None, None, None, None, False, call.silu)
-        di = _tokens_first(di, reverse)
-        dx = di if dx is None else dx + di
-        dweights.append(dweight)
-        if call.bias:
-            dbiases.append(dbias)
-    return dx, dweights, dbiases

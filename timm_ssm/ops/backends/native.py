@@ -11,7 +11,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..calls import STATE_STRIDE, ConvCall, ScanCall, ScanResult, acc_dtype
+from ..calls import CHUNK_SIZE, ConvCall, ConvGradients, ScanCall, ScanGradients, ScanResult, acc_dtype
+from .base import Backend
 
 _ABI_VERSION = 1  # as in native.h
 _NO_TENSOR, _NO_GRADS = (0,) * 4, (0,) * (4 * 4 + 3)
@@ -20,7 +21,7 @@ _SCAN_FIELDS = 3 + 9 + 4 * 4 + 2 * _DIRECTION_FIELDS
 _CONV_FIELDS = 3 + 7 + 2 * 4 + 2 * 9
 _FIELD_SIZE = struct.calcsize('q')
 #: What the library must have been built with: version, sizes of Scan and Conv, chunk size.
-_ABI = (_ABI_VERSION, _SCAN_FIELDS * _FIELD_SIZE, _CONV_FIELDS * _FIELD_SIZE, STATE_STRIDE)
+_ABI = (_ABI_VERSION, _SCAN_FIELDS * _FIELD_SIZE, _CONV_FIELDS * _FIELD_SIZE, CHUNK_SIZE)
 
 
 def _load(path: Optional[Path]) -> Tuple[Optional[ctypes.CDLL], str]:
@@ -70,20 +71,88 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def unavailable() -> Optional[str]:
-    """Why this backend cannot be used on this machine, None if it can."""
-    return None if _lib is not None else _reason
+class Native(Backend):
+    name = 'native'
+    devices = ('cpu',)
 
+    def why_unavailable(self) -> Optional[str]:
+        return None if _lib is not None else _reason
 
-def refuses_scan(call: ScanCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    return None if call.u[0].is_cpu else 'it runs on the CPU'
+    def scan_forward(self, call: ScanCall, save: bool) -> ScanResult:
+        u = call.u[0]
+        if u.dtype != acc_dtype(u.dtype):
+            out, y, states = self.scan_forward(_wide_scan(call), save)
+            return out.to(u.dtype), y if y is None else y.to(u.dtype), states
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        y = torch.empty_like(out) if save and call.z is not None else None
+        states = call.new_states() if save else None
+        if out.numel():
+            _run_scan(_lib.timm_ssm_scan_forward, call, out, y, states)
+        return out, y, states
 
+    def scan_backward(
+            self,
+            call: ScanCall,
+            grad_out: torch.Tensor,
+            y: torch.Tensor,
+            states: torch.Tensor,
+    ) -> ScanGradients:
+        dtype = grad_out.dtype
+        if dtype != acc_dtype(dtype):
+            grads, dz = self.scan_backward(_wide_scan(call), grad_out.float(), y.float(), states)
+            for g in grads:
+                for i in (0, 1, 3, 4):
+                    g[i] = g[i].to(dtype)
+            return grads, dz if dz is None else dz.to(dtype)
 
-def refuses_conv(call: ConvCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    return None if call.x.is_cpu else 'it runs on the CPU'
+        batch, length, channels = grad_out.shape
+        d_state, groups = call.A[0].shape[1], call.B[0].shape[2] if call.B[0].ndim == 4 else 1
+        # Channels share dB and dC: each part of them sums its own. More parts keep more threads busy, and cost memory.
+        parts = max(1, min(6, 32 // max(1, batch * groups), channels // groups // 32))
+        new = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros
+        shape_B = (parts * batch, length, groups, d_state)
+        grads = [[
+            new(grad_out.shape), new(grad_out.shape), new(shape_B), new(shape_B),
+            new((batch, channels, d_state)), new((batch, channels)) if call.D else None,
+            new((batch, channels)) if call.delta_bias else None,
+        ] for _ in call.u]
+        dz = None if call.z is None else new(grad_out.shape)
+        if grad_out.numel():
+            _run_scan(
+                _lib.timm_ssm_scan_backward, call, grad_out, None if dz is None else y, states, parts, dz,
+                grads)
 
+        results = []
+        for B, (du, ddelta, dB, dC, *parameters) in zip(call.B, grads):
+            dB, dC = (_sum(x.view(parts, *B.shape)) for x in (dB, dC))
+            dA, dD, dbias = (None if x is None else _sum(x) for x in parameters)
+            results.append([x for x in (du, ddelta, dA, dB, dC, dD, dbias) if x is not None])
+        return results, dz
+
+    def conv_forward(self, call: ConvCall) -> List[torch.Tensor]:
+        x = call.x
+        if x.dtype != acc_dtype(x.dtype):
+            return [out.to(x.dtype) for out in self.conv_forward(call._replace(x=x.float()))]
+        outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in call.weight]
+        if x.numel():
+            _run_conv(_lib.timm_ssm_conv_forward, call, outs)
+        return outs
+
+    def conv_backward(
+            self,
+            call: ConvCall,
+            grad_outs: List[torch.Tensor],
+    ) -> ConvGradients:
+        x = call.x
+        if x.dtype != acc_dtype(x.dtype):
+            dx, *dparameters = self.conv_backward(call._replace(x=x.float()), [g.float() for g in grad_outs])
+            return dx.to(x.dtype), *dparameters
+        new = x.new_empty if x.numel() else x.new_zeros
+        dx = new(x.shape)
+        dweights, dbiases = ([new((x.shape[0], *p.shape)) for p in ps] for ps in (call.weight, call.bias))
+        if x.numel():
+            _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dweights, dbiases)
+        return dx, [_sum(d) for d in dweights], [_sum(d) for d in dbiases]
 
 def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, ...]:
     """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h.
@@ -144,60 +213,6 @@ def _wide_scan(call: ScanCall) -> ScanCall:
     return call._replace(**lists, z=call.z if call.z is None else call.z.float())
 
 
-def scan_forward(call: ScanCall, save: bool) -> ScanResult:
-    """Run `call`."""
-    u = call.u[0]
-    if u.dtype != acc_dtype(u.dtype):
-        out, y, states = scan_forward(_wide_scan(call), save)
-        return out.to(u.dtype), y if y is None else y.to(u.dtype), states
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    y = torch.empty_like(out) if save and call.z is not None else None
-    states = call.new_states() if save else None
-    if out.numel():
-        _run_scan(_lib.timm_ssm_scan_forward, call, out, y, states)
-    return out, y, states
-
-
-def scan_backward(
-        call: ScanCall,
-        grad_out: torch.Tensor,
-        y: torch.Tensor,
-        states: torch.Tensor,
-) -> Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]:
-    """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
-    dtype = grad_out.dtype
-    if dtype != acc_dtype(dtype):
-        grads, dz = scan_backward(_wide_scan(call), grad_out.float(), y.float(), states)
-        for g in grads:
-            for i in (0, 1, 3, 4):
-                g[i] = g[i].to(dtype)
-        return grads, dz if dz is None else dz.to(dtype)
-
-    batch, length, channels = grad_out.shape
-    d_state, groups = call.A[0].shape[1], call.B[0].shape[2] if call.B[0].ndim == 4 else 1
-    # Channels share dB and dC: each part of them sums its own. More parts keep more threads busy, and cost memory.
-    parts = max(1, min(6, 32 // max(1, batch * groups), channels // groups // 32))
-    new = grad_out.new_empty if grad_out.numel() else grad_out.new_zeros
-    shape_B = (parts * batch, length, groups, d_state)
-    grads = [[
-        new(grad_out.shape), new(grad_out.shape), new(shape_B), new(shape_B),
-        new((batch, channels, d_state)), new((batch, channels)) if call.D else None,
-        new((batch, channels)) if call.delta_bias else None,
-    ] for _ in call.u]
-    dz = None if call.z is None else new(grad_out.shape)
-    if grad_out.numel():
-        _run_scan(
-            _lib.timm_ssm_scan_backward, call, grad_out, None if dz is None else y, states, parts, dz,
-            grads)
-
-    results = []
-    for B, (du, ddelta, dB, dC, *parameters) in zip(call.B, grads):
-        dB, dC = (_sum(x.view(parts, *B.shape)) for x in (dB, dC))
-        dA, dD, dbias = (None if x is None else _sum(x) for x in parameters)
-        results.append([x for x in (du, ddelta, dA, dB, dC, dD, dbias) if x is not None])
-    return results, dz
-
-
 def _sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over the first axis."""
     return x[0] if x.shape[0] == 1 else x.sum(0)
@@ -224,29 +239,3 @@ def _run_conv(
     _run(function, x.dtype, fields)
 
 
-def conv_forward(call: ConvCall) -> List[torch.Tensor]:
-    """Run `call`: one output a direction."""
-    x = call.x
-    if x.dtype != acc_dtype(x.dtype):
-        return [out.to(x.dtype) for out in conv_forward(call._replace(x=x.float()))]
-    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in call.weight]
-    if x.numel():
-        _run_conv(_lib.timm_ssm_conv_forward, call, outs)
-    return outs
-
-
-def conv_backward(
-        call: ConvCall,
-        grad_outs: List[torch.Tensor],
-) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
-    """Gradients of x (summed over directions), of the weights and of the biases of `call`."""
-    x = call.x
-    if x.dtype != acc_dtype(x.dtype):
-        dx, *dparameters = conv_backward(call._replace(x=x.float()), [g.float() for g in grad_outs])
-        return dx.to(x.dtype), *dparameters
-    new = x.new_empty if x.numel() else x.new_zeros
-    dx = new(x.shape)
-    dweights, dbiases = ([new((x.shape[0], *p.shape)) for p in ps] for ps in (call.weight, call.bias))
-    if x.numel():
-        _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dweights, dbiases)
-    return dx, [_sum(d) for d in dweights], [_sum(d) for d in dbiases]

@@ -8,14 +8,12 @@ Triton itself is imported when a kernel first runs.
 """
 import os
 from functools import cache
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 import torch
 
-from ...calls import ConvCall, ScanCall, ScanResult
-
-NAME = 'triton'
-MAX_D_STATE = 64  # the state lives in registers
+from ...calls import ConvCall, ConvGradients, ScanCall, ScanGradients, ScanResult
+from ..base import Backend
 
 
 def _interpreted() -> bool:
@@ -23,63 +21,44 @@ def _interpreted() -> bool:
 
 
 @cache
-def unavailable() -> Optional[str]:
-    """Why this backend cannot be used on this machine, None if it can."""
+def _import_error() -> str:
     try:
         import triton  # noqa: F401
     except ImportError as e:
         return f'triton does not import: {e}'
-    if not torch.cuda.is_available() and not _interpreted():
-        return 'no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)'
-    return None
+    return ''
 
 
-def _refuses(x: torch.Tensor) -> Optional[str]:
-    if x.device.type == 'cuda' or (x.device.type == 'cpu' and _interpreted()):
+class Triton(Backend):
+    name = 'triton'
+    devices = ('cuda', 'cpu') if _interpreted() else ('cuda',)
+    max_d_state = 64  # the state lives in registers
+
+    def why_unavailable(self) -> Optional[str]:
+        if _import_error():
+            return _import_error()
+        if not torch.cuda.is_available() and not _interpreted():
+            return 'no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)'
         return None
-    return f'it runs on a GPU, the call is on {x.device}'
 
+    def scan_forward(self, call: ScanCall, save: bool) -> ScanResult:
+        from .forward import scan_forward
+        return scan_forward(call, save)
 
-def refuses_scan(call: ScanCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    d_state = call.A[0].shape[1]
-    if d_state > MAX_D_STATE:
-        return f'it takes up to {MAX_D_STATE} states, the call has {d_state}'
-    return _refuses(call.u[0])
+    def scan_backward(
+            self,
+            call: ScanCall,
+            grad_out: torch.Tensor,
+            y: torch.Tensor,
+            states: torch.Tensor,
+    ) -> ScanGradients:
+        from .backward import scan_backward
+        return scan_backward(call, grad_out, y, states)
 
+    def conv_forward(self, call: ConvCall) -> List[torch.Tensor]:
+        from .conv import conv_forward
+        return conv_forward(call)
 
-def refuses_conv(call: ConvCall) -> Optional[str]:
-    """Why this backend cannot run `call`, None if it can."""
-    return _refuses(call.x)
-
-
-def scan_forward(call: ScanCall, save: bool) -> ScanResult:
-    """Run `call`. A chunk's states are laid out (N, D)."""
-    from .forward import scan_forward
-    return scan_forward(call, save)
-
-
-def scan_backward(
-        call: ScanCall,
-        grad_out: torch.Tensor,
-        y: torch.Tensor,
-        states: torch.Tensor,
-) -> Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]:
-    """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
-    from .backward import scan_backward
-    return scan_backward(call, grad_out, y, states)
-
-
-def conv_forward(call: ConvCall) -> List[torch.Tensor]:
-    """Run `call`: one output a direction."""
-    from .conv import conv_forward
-    return conv_forward(call)
-
-
-def conv_backward(
-        call: ConvCall,
-        grad_outs: List[torch.Tensor],
-) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
-    """Gradients of x (summed over directions), of the weights and of the biases of `call`."""
-    from .conv import conv_backward
-    return conv_backward(call, grad_outs)
+    def conv_backward(self, call: ConvCall, grad_outs: List[torch.Tensor]) -> ConvGradients:
+        from .conv import conv_backward
+        return conv_backward(call, grad_outs)

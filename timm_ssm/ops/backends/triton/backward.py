@@ -1,12 +1,12 @@
-"""The scan backward: chunks of STATE_STRIDE tokens from the last to the first, their states recomputed from the one
+"""The scan backward: chunks of CHUNK_SIZE tokens from the last to the first, their states recomputed from the one
 that the forward pass saved."""
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, Union
 
 import torch
 import triton
 import triton.language as tl
 
-from ...calls import STATE_STRIDE, ScanCall
+from ...calls import CHUNK_SIZE, ScanCall, ScanGradients
 from .common import (
     LOG2E,
     OPTIONS,
@@ -41,18 +41,18 @@ def _transpose_kernel(
         B0_ptr, B1_ptr, C0_ptr, C1_ptr, bc_ptr,
         batch, length, groups, padded,
         B_b, B_l, B_g, C_b, C_l, C_g,
-        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, STRIDE: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, CHUNK_SIZE: tl.constexpr,
 ):
     """B and C from (B, L, G, N) to (directions, B, G, 2, N, L) in scan order, padded with zeros, accumulation dtype."""
     pid = tl.program_id(0)
-    chunks = padded // STRIDE
+    chunks = padded // CHUNK_SIZE
     chunk = pid % chunks
     item = (pid // chunks).to(tl.int64)  # (direction, batch item, group)
     i = item // (batch * groups)
     b = item // groups % batch
     g = item % groups
     n = tl.arange(0, N_POW2)
-    s = chunk * STRIDE + tl.arange(0, STRIDE)
+    s = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     mask = (s < length)[:, None] & (n < N)[None, :]
     t = tl.where((i == 0) & REVERSE0 | (i == 1) & REVERSE1, length - 1 - s, s).to(tl.int64)
     B_at = b * B_b + g * B_g + t[:, None] * B_l + n[None, :]
@@ -72,23 +72,23 @@ def _transpose_kernel(
 def _untranspose_kernel(
         sums_ptr, dB_ptr, dC_ptr,
         batch, length, groups, group_blocks, padded,
-        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, STRIDE: tl.constexpr,
+        N: tl.constexpr, N_POW2: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, CHUNK_SIZE: tl.constexpr,
 ):
     """Sum the blocks' shares of dB and dC, (directions, B, G, blocks, 2, N, L) in scan order, into
     (directions, B, L, G, N)."""
     pid = tl.program_id(0)
-    chunks = padded // STRIDE
+    chunks = padded // CHUNK_SIZE
     chunk = pid % chunks
     item = (pid // chunks).to(tl.int64)
     i = item // (batch * groups)
     b = item // groups % batch
     g = item % groups
     n = tl.arange(0, N_POW2)
-    s = chunk * STRIDE + tl.arange(0, STRIDE)
+    s = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     mask = (n < N)[:, None] & (s < length)[None, :]
     at = sums_ptr + item * group_blocks * 2 * N * padded + n[:, None] * padded + s[None, :]
-    dB = tl.zeros([N_POW2, STRIDE], sums_ptr.dtype.element_ty)
-    dC = tl.zeros([N_POW2, STRIDE], sums_ptr.dtype.element_ty)
+    dB = tl.zeros([N_POW2, CHUNK_SIZE], sums_ptr.dtype.element_ty)
+    dC = tl.zeros([N_POW2, CHUNK_SIZE], sums_ptr.dtype.element_ty)
     k = group_blocks * 0
     while k < group_blocks:
         dB += tl.load(at, mask=mask, other=0.)
@@ -187,7 +187,7 @@ def _backward_direction(
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_DZ: tl.constexpr,
-        STRIDE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
+        CHUNK_SIZE: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     acc = params_ptr.dtype.element_ty
     n = tl.arange(0, N_POW2)
@@ -206,12 +206,12 @@ def _backward_direction(
 
     begin = split.to(tl.int64) * span
     end = tl.minimum(begin + span, length)
-    chunk = (end - 1) // STRIDE * STRIDE
+    chunk = (end - 1) // CHUNK_SIZE * CHUNK_SIZE
     while chunk >= begin:
         # first the states before each tile of the chunk, from its first token to the last tile
         A = load_A(params_ptr + tile, tile_mask) * LOG2E
-        h = tl.load(states_ptr + (chunk // STRIDE) * N * channels + tile, mask=tile_mask, other=0.)
-        last = chunk + (tl.minimum(chunk + STRIDE, length) - 1 - chunk) // TILE * TILE
+        h = tl.load(states_ptr + (chunk // CHUNK_SIZE) * N * channels + tile, mask=tile_mask, other=0.)
+        last = chunk + (tl.minimum(chunk + CHUNK_SIZE, length) - 1 - chunk) // TILE * TILE
         s = chunk
         u_next, delta_next, B_next = load_token(
             u_ptr, delta_ptr, B_ptr, s, length, c, mask, n, u_l, delta_l, B_l, N, N_POW2, ALIGNED, REVERSE)
@@ -326,7 +326,7 @@ def _backward_direction(
             tl.store(ddelta_ptr + to * channels + c3, ddt.to(ddelta_ptr.dtype.element_ty), mask=live)
             tl.debug_barrier()  # the next tile reads `carries` and `dparams`, the next chunk overwrites `starts`
             s -= TILE
-        chunk -= STRIDE
+        chunk -= CHUNK_SIZE
 
     if HAS_D:
         tl.store(dparams_ptr + N * channels + c, dD, mask=mask)
@@ -344,7 +344,7 @@ def _scan_backward(
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
         MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
-        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, STRIDE: tl.constexpr,
+        HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, CHUNK_SIZE: tl.constexpr,
         TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time: one
@@ -366,7 +366,7 @@ def _scan_backward(
     z_ptr += b * z_b
     bc_ptr += (item * groups + g) * 2 * N * padded
     states_ptr += item * chunks * N * channels
-    starts_ptr += (item * splits + split) * (STRIDE // TILE) * N * channels
+    starts_ptr += (item * splits + split) * (CHUNK_SIZE // TILE) * N * channels
     carries_ptr += (item * splits + split) * N * channels
     token = b * length * channels
     dbc_ptr += (item * blocks + block) * 2 * N * padded
@@ -378,7 +378,7 @@ def _scan_backward(
             du0_ptr + token, ddelta0_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, ALIGNED, REVERSE0, MASK0, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, HAS_Z,
-            STRIDE, TILE, AT_ONCE, REDUCE,
+            CHUNK_SIZE, TILE, AT_ONCE, REDUCE,
         )
     elif DIRECTIONS == 2:
         _backward_direction(
@@ -388,7 +388,7 @@ def _scan_backward(
             du1_ptr + token, ddelta1_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
             split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, ALIGNED, REVERSE1, MASK1, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, False,
-            STRIDE, TILE, AT_ONCE, REDUCE,
+            CHUNK_SIZE, TILE, AT_ONCE, REDUCE,
         )
 
 
@@ -407,7 +407,7 @@ def scan_backward(
         grad_out: torch.Tensor,
         y: torch.Tensor,
         states: torch.Tensor,
-) -> Tuple[List[List[torch.Tensor]], Optional[torch.Tensor]]:
+) -> ScanGradients:
     """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
     u, delta, B, C = directions(call.u), directions(call.delta), grouped(call.B), grouped(call.C)
     batch, length, channels = u[0].shape
@@ -420,8 +420,8 @@ def scan_backward(
     empty = u[0].numel() == 0
 
     p = plan(call, n_directions)
-    chunks = triton.cdiv(length, STATE_STRIDE)
-    padded = chunks * STATE_STRIDE
+    chunks = triton.cdiv(length, CHUNK_SIZE)
+    padded = chunks * CHUNK_SIZE
     with device_guard(grad_out):
         params = parameters(call)
         dparams = params.new_zeros(n_directions, batch * p.splits, d_state + 2, channels)
@@ -429,7 +429,7 @@ def scan_backward(
         if not empty:
             bc = params.new_empty(n_directions, batch, groups, 2, d_state, padded)
             dbc = params.new_empty(n_directions, batch, p.blocks, 2, d_state, padded)
-            starts = params.new_empty(n_directions, batch, p.splits, STATE_STRIDE // TILE, d_state, channels)
+            starts = params.new_empty(n_directions, batch, p.splits, CHUNK_SIZE // TILE, d_state, channels)
             z_ = grad_out if z is None else z
             shared = flags(call, p)
             order = dict(REVERSE0=call.reverse[0], REVERSE1=call.reverse[-1])
@@ -438,7 +438,7 @@ def scan_backward(
 
             _transpose_kernel[(n_directions * batch * groups * chunks,)](
                 *B, *C, bc, batch, length, groups, padded, *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
-                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1, **OPTIONS)
+                **states_of, **order, CHUNK_SIZE=CHUNK_SIZE, num_warps=1, **OPTIONS)
             carries = params.new_zeros(n_directions, batch, p.splits, d_state, channels)
             if p.splits > 1:
                 sums = params.new_empty(n_directions, batch, p.splits, channels)
@@ -459,10 +459,10 @@ def scan_backward(
                 DIRECTIONS=n_directions, ALIGNED=alignment(B),
                 MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
                 RESIDUAL=call.residual, HAS_D=len(call.D) > 0,
-                STRIDE=STATE_STRIDE, TILE=TILE, **tuning(grad_out, shared['N_POW2']), **order, **forms, **shared)
+                CHUNK_SIZE=CHUNK_SIZE, TILE=TILE, **tuning(grad_out, shared['N_POW2']), **order, **forms, **shared)
             _untranspose_kernel[(n_directions * batch * groups * chunks,)](
                 dbc, dB, dC, batch, length, groups, p.blocks // groups, padded,
-                **states_of, **order, STRIDE=STATE_STRIDE, num_warps=1, **OPTIONS)
+                **states_of, **order, CHUNK_SIZE=CHUNK_SIZE, num_warps=1, **OPTIONS)
         dparams = dparams.sum(1)
 
     gradients = []

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...calls import STATE_STRIDE, ScanCall
+from ...calls import CHUNK_SIZE, ScanCall
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SOFTPLUS_OF_20 = tl.constexpr(20.000000002061153)
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     block: int  # channels of a block
     blocks: int  # blocks of all groups
     splits: int  # stretches of tokens
-    span: int  # tokens of a stretch, a multiple of STATE_STRIDE
+    span: int  # tokens of a stretch, a multiple of CHUNK_SIZE
 
 
 @cache
@@ -204,8 +204,8 @@ def plan(call: ScanCall, directions: int = 1, programs_per_processor: int = 8) -
     programs = batch * blocks(block) * directions
     splits = 1
     if programs * 2 <= wanted:
-        splits = max(1, min(wanted // programs, length // (4 * STATE_STRIDE)))
-    span = triton.cdiv(triton.cdiv(length, splits), STATE_STRIDE) * STATE_STRIDE
+        splits = max(1, min(wanted // programs, length // (4 * CHUNK_SIZE)))
+    span = triton.cdiv(triton.cdiv(length, splits), CHUNK_SIZE) * CHUNK_SIZE
     return Plan(groups, per_group, block, blocks(block), triton.cdiv(length, span), span)
 
 

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...calls import ConvCall, acc_dtype
+from ...calls import ConvCall, ConvGradients, acc_dtype
 from .common import OPTIONS, device_guard, rows, sigmoid, strides
 
 TOKENS = 16  # tokens of a tile
@@ -166,7 +166,7 @@ def conv_forward(call: ConvCall) -> List[torch.Tensor]:
 def conv_backward(
         call: ConvCall,
         grad_outs: List[torch.Tensor],
-) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
+) -> ConvGradients:
     """Gradients of x (summed over directions), of the weights and of the biases of `call`."""
     batch, length, channels = call.x.shape
     n_directions, kernel_size = len(call.weight), call.weight[0].shape[1]

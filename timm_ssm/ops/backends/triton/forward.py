@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...calls import STATE_STRIDE, ScanCall, ScanResult
+from ...calls import CHUNK_SIZE, ScanCall, ScanResult
 from .common import (
     LOG2E,
     alignment,
@@ -34,7 +34,7 @@ def _scan_direction(
         N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
-        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
+        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, CHUNK_SIZE: tl.constexpr,
 ):
     """One direction over one stretch of tokens; pointers stand at the batch item (and group, and direction).
 
@@ -85,10 +85,10 @@ def _scan_direction(
         if not SUMMARY:
             C_next = load_row(C_ptr + in_memory(following, length, REVERSE) * C_l, n, N, N_POW2, ALIGNED)
         if SAVE:  # noqa: SIM102 (decided at compile time)
-            if s % STRIDE == 0:
+            if s % CHUNK_SIZE == 0:
                 # s >> 63 is 0, but bound to the loop: else the addresses would stay in registers throughout it
                 at = n[:, None] * (channels + (s >> 63) * 16) + c[None, :]
-                tl.store(states_ptr + (s // STRIDE) * N * channels + at, h, mask=tile_mask)
+                tl.store(states_ptr + (s // CHUNK_SIZE) * N * channels + at, h, mask=tile_mask)
         if HAS_BIAS:
             dt += bias
         if SOFTPLUS:
@@ -129,7 +129,7 @@ def _scan_forward(
         DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
         MASK0: tl.constexpr, MASK1: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
-        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, STRIDE: tl.constexpr,
+        SPLIT: tl.constexpr, SUMMARY: tl.constexpr, CHUNK_SIZE: tl.constexpr,
 ):
     """A block of channels of one batch item over one stretch of tokens, one direction after the other.
 
@@ -164,7 +164,7 @@ def _scan_forward(
             length, channels, splits, span, chunks,
             u_l, delta_l, B_l, C_l, z_l,
             N, N_POW2, ALIGNED, REVERSE0 if i == 0 else REVERSE1, MASK0 if i == 0 else MASK1,
-            SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, SAVE, SPLIT, SUMMARY, i == 0, i == DIRECTIONS - 1, STRIDE,
+            SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, SAVE, SPLIT, SUMMARY, i == 0, i == DIRECTIONS - 1, CHUNK_SIZE,
         )
 
 
@@ -226,7 +226,7 @@ def scan_forward(call: ScanCall, save: bool) -> ScanResult:
             starts = params.new_empty(n_directions, batch, p.splits, d_state, channels)
             sums = params.new_empty(n_directions, batch, p.splits, channels)
         z_ = u[0] if z is None else z
-        chunks = triton.cdiv(length, STATE_STRIDE)
+        chunks = triton.cdiv(length, CHUNK_SIZE)
         shared = flags(call, p)
         for summary in (True, False) if split else (False,):
             _scan_forward[(batch * p.splits * p.blocks,)](
@@ -240,7 +240,7 @@ def scan_forward(call: ScanCall, save: bool) -> ScanResult:
                 MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],
                 SOFTPLUS=call.delta_softplus, RESIDUAL=call.residual,
                 HAS_D=len(call.D) > 0, HAS_BIAS=len(call.delta_bias) > 0, HAS_Z=z is not None,
-                SAVE=save and not summary, SPLIT=split, SUMMARY=summary, STRIDE=STATE_STRIDE,
+                SAVE=save and not summary, SPLIT=split, SUMMARY=summary, CHUNK_SIZE=CHUNK_SIZE,
                 **shared,
             )
             if summary:
