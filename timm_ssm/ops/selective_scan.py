@@ -54,6 +54,8 @@ def selective_scan(  # no keyword-only arguments: TorchScript refuses them
 
     with h[-1] = 0, which is equation (2) of the Mamba paper with the Euler discretisation of B that its released
     kernels use, and g(d) the group of channel d, the channels being split evenly over the groups of B and C.
+    With N = 1, C of ones and no D, y is the states themselves. Several scans of as many tokens, like those of the rows
+    and of the columns of a map, can share a call as groups of channels.
 
     u, delta, B, C and z are activations: they share one dtype of float32, bfloat16, float16 or float64, and the result
     has it too. A, D and delta_bias are parameters. The recurrence, its parameters and all sums are float32 (float64
