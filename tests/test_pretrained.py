@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 
 from tests.fixtures.synthesize import synthesize
 from tests.models.utils import released_shapes
-from timm_ssm.hub.zoo import list_names
+from timm_ssm.zoo.registry import list_names
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 NAME, REPO, FILE = 'videomamba_tiny_patch16_224', 'OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth'

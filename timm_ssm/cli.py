@@ -10,10 +10,10 @@ from typing import List, Optional
 
 
 def _list(args: argparse.Namespace) -> None:
-    from .hub import zoo
+    from .zoo.registry import describe, list_names, table
 
     filters = [f if any(c in f for c in '*?[') else f'*{f}*' for f in args.filter]
-    rows = [zoo.describe(name) for name in zoo.list_names(filters, pretrained=not args.all, include_tags=True)]
+    rows = [describe(name) for name in list_names(filters, pretrained=not args.all, include_tags=True)]
     if args.json:
         print(json.dumps(rows, indent=2))
         return
@@ -21,7 +21,7 @@ def _list(args: argparse.Namespace) -> None:
         [r['name'], _number(r['top1']), _number(r['params'] / 1e6), _number(r['gmacs']),
          '×'.join(str(s) for s in r['input_size'][1:]), r['license'] or '', 'yes' if r['cached'] else '']
         for r in rows]
-    print(zoo.table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached'], right=(1, 2, 3, 4)))
+    print(table(cells, ['model', 'top-1', 'M params', 'GMACs', 'input', 'licence', 'cached'], right=(1, 2, 3, 4)))
 
 
 def _number(x: Optional[float]) -> str:
@@ -29,7 +29,8 @@ def _number(x: Optional[float]) -> str:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .hub.convert import convert, read_lines
+    from .hub.checkpoints import read_lines
+    from .hub.convert import convert
 
     labels = read_lines(args.labels) if args.labels else None
     done = convert(args.source, args.folder, model=args.model, label_names=labels)

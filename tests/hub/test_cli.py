@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from timm_ssm.cli import main
-from timm_ssm.hub import cards, classify, zoo
+from timm_ssm.hub import classify
+from timm_ssm.zoo import cards, registry
 
 from .utils import Terminal
 
@@ -154,7 +155,7 @@ class TestList:
             'videomamba_small_patch16_f64_384.k400', '82.7', '25.7', '1006.7', '64×384×384', 'apache-2.0']
 
     def test_everything_is_known(self, hub, cache):
-        rows = [zoo.describe(name) for name in zoo.list_names(pretrained=True)]
+        rows = [registry.describe(name) for name in registry.list_names(pretrained=True)]
         assert len(rows) > 60
         assert all(r['top1'] and r['params'] and r['gmacs'] and r['license'] and not r['cached'] for r in rows)
 

@@ -6,8 +6,8 @@ import torch
 from huggingface_hub import constants
 
 from timm_ssm.cli import main
-from timm_ssm.hub import cards
 from timm_ssm.models._integrity import save_weights
+from timm_ssm.zoo import cards
 
 NAME = 'videomamba_tiny_patch16_224'
 ARGS = dict(depth=2, embed_dim=48, img_size=32, num_classes=7)

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import timm
 import torch
 from huggingface_hub import HfApi
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import nn
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from ..models._checkpoints import (
     map_names,
 )
 from ..models._fetch import download, naming
-from .zoo import list_names, meta_model, table
+from ..zoo.registry import list_names, meta_model, table
 
 
 class Source(NamedTuple):
@@ -219,12 +220,12 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
 
 
 def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn.Module:
-    """The model that a training script saved, with its weights.
+    """The model that a training script saved, with its weights; its pretrained_cfg describes its images and classes.
 
     Args:
         checkpoint: What the script wrote.
-        model: Architecture; the one that the checkpoint names if None.
-        kwargs: Constructor arguments that take the place of the script's.
+        model: Architecture; the one that the checkpoint names if None. The script's arguments are those of that one.
+        kwargs: Constructor arguments that take the place of the script's, if they are not None.
 
     Raises:
         ValueError: No architecture is known, or the weights are not of it.
@@ -232,9 +233,36 @@ def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn
     name = model or checkpoint.arch
     if name is None:
         raise ValueError(f'{checkpoint.path}: it does not say which model it is of')
-    rebuilt = timm.create_model(name, **{**checkpoint.model_args(), **kwargs})
+    told = checkpoint.model_args() if name == checkpoint.arch else {}
+    rebuilt = timm.create_model(name, **{**told, **{k: v for k, v in kwargs.items() if v is not None}})
     load_weights(rebuilt, checkpoint)
+    apply_training_settings(rebuilt, checkpoint)
     return rebuilt
+
+
+def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Record in a model's pretrained_cfg how its training script prepared the images and called the classes.
+
+    The names of the classes are in the file classes.txt that the script leaves beside its checkpoints.
+    """
+    if not checkpoint.args:
+        return
+    args, img_size = dict(checkpoint.args), checkpoint.model_args().get('img_size')
+    if img_size:
+        args['input_size'] = (model.in_chans, *to_2tuple(img_size))
+    settings = timm.data.resolve_data_config(args, model=model)
+    classes = checkpoint.path.parent / 'classes.txt' if checkpoint.path else None
+    if classes and classes.exists():
+        settings['label_names'] = read_lines(classes)
+        if len(settings['label_names']) != model.num_classes:
+            raise ValueError(f'{classes}: got {len(settings["label_names"])} names, needs {model.num_classes}')
+    model.pretrained_cfg = {**model.pretrained_cfg, **settings, 'num_classes': model.num_classes}
+    model.pretrained_cfg.pop('tag', None)  # it is of other weights
+
+
+def read_lines(path: Path) -> List[str]:
+    """The lines of a text file, but for empty ones."""
+    return [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
 
 
 def _rank(c: Comparison) -> Tuple[bool, int, int]:

@@ -14,24 +14,37 @@ from tqdm import tqdm
 
 import timm_ssm  # noqa: F401  registers the models
 
-from .zoo import num_frames
+from ..models._checkpoints import read_checkpoint
+from ..zoo.datasets import tag_class_names
+from ..zoo.registry import num_frames
+from .checkpoints import rebuild
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
-    """A pretrained model for images, by name, 'hf-hub:owner/name' or 'local-dir:folder', a bare folder included."""
-    if Path(name).is_dir():
-        name = f'local-dir:{name}'
-    model = timm.create_model(name, pretrained=True).eval().to(device)
+    """A model for images with its weights.
+
+    Args:
+        name: Pretrained tag, 'hf-hub:owner/name', a folder that `timm-ssm convert` wrote, or a checkpoint of training.
+        device: Where to put it.
+    """
+    path = Path(name.removeprefix('local-dir:'))
+    if path.is_file():
+        model = rebuild(read_checkpoint(path))
+    else:
+        model = timm.create_model(f'local-dir:{path}' if path.is_dir() else name, pretrained=True)
     if num_frames(model) > 1:
         raise ValueError(f'model: {name} takes clips of {num_frames(model)} frames, needs one that takes images')
-    return model
+    return model.eval().to(device)
 
 
 def class_names(model: nn.Module) -> List[str]:
-    """Names of a model's classes: its own, ImageNet's, or numbers."""
+    """Names of a model's classes: its own, those of its tag's dataset, ImageNet's, or numbers."""
     cfg = model.pretrained_cfg
+    names = tag_class_names(cfg.get('tag') or '')
     if cfg.get('label_names'):
         info = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
+    elif names and len(names) == model.num_classes:
+        return list(names)
     elif subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)
     else:

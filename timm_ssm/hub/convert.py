@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ..models._checkpoints import load_weights, read_checkpoint
 from ..models._integrity import save_weights
-from . import cards
-from .checkpoints import Comparison, detect, find
-from .zoo import num_frames
+from ..zoo import cards
+from ..zoo.registry import num_frames
+from .checkpoints import Comparison, apply_training_settings, detect, find
 
 
 class Conversion(NamedTuple):
@@ -37,8 +37,8 @@ def convert(
         source: As `checkpoints.find`.
         folder: Folder to write, which must not exist or be empty; it appears only when everything is proven.
         model: Architecture of the checkpoint; recognised by names and shapes if None.
-        label_names: Names of the classes, in order, for models of other data than ImageNet; those that the training
-            script left in classes.txt beside its checkpoint if None.
+        label_names: Names of the classes, in order, for models of other data than ImageNet; if None those that the
+            training script left in classes.txt beside its checkpoint, or those of the pretrained tag's dataset.
 
     Raises:
         ValueError: The checkpoint is damaged or of none of this package's models, or the folder is taken.
@@ -59,18 +59,13 @@ def convert(
         match, certainty = detect(checkpoint, found, model)
         num_classes = match.kwargs.get('num_classes', timm.get_pretrained_cfg_value(match.name, 'num_classes'))
         name = found.name if _is_tag(found.name, match, num_classes) else match.name
-        classes = found.path.parent / 'classes.txt'
-        if checkpoint.args and label_names is None and classes.exists():
-            label_names = read_lines(classes)
         if label_names and len(label_names) != num_classes:
             raise ValueError(f'labels: got {len(label_names)} names, needs {num_classes}')
         step('building')
         original = timm.create_model(name, **match.kwargs).eval()
         load_weights(original, checkpoint)
+        apply_training_settings(original, checkpoint)
         config = cards.model_config(name, original, match.kwargs, label_names)
-        if checkpoint.args:  # the images were prepared as its training script was told
-            config['pretrained_cfg'].update(timm.data.resolve_data_config(
-                {**checkpoint.args, 'input_size': config['pretrained_cfg']['input_size']}, model=original))
         del checkpoint
         step('running')
         x = fixed_input(original, config['pretrained_cfg']['input_size'])
@@ -104,11 +99,6 @@ def _is_tag(name: Optional[str], match: Comparison, num_classes: int) -> bool:
     return (
         name is not None and name.partition('.')[0] == match.name and set(match.kwargs) <= {'num_classes'}
         and num_classes == timm.get_pretrained_cfg_value(name, 'num_classes'))
-
-
-def read_lines(path: Path) -> List[str]:
-    """The lines of a text file, but for empty ones."""
-    return [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
 
 
 def fixed_input(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:

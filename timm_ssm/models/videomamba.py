@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ._builder import build_isotropic
+from ._datasets import DATASETS
 from ._isotropic import IsotropicMamba, checkpoint_filter_fn
 
 __all__ = ['VideoMamba']
@@ -53,7 +54,7 @@ def _clip_cfg(size: str, dataset: str, num_frames: int, trained_at: str = '224')
     return _cfg(
         hf_hub_id='OpenGVLab/VideoMamba',
         hf_hub_filename=f'videomamba_{size}16_{dataset}_f{num_frames}_res{trained_at}.pth',
-        num_classes={'k400': 400, 'ssv2': 174, 'breakfast': 10}[dataset.partition('_')[0]],
+        num_classes=DATASETS[dataset.partition('_')[0]].num_classes,
         input_size=(3, img_size, img_size),
         test_input_size=(3, num_frames, img_size, img_size),  # which timm's benchmark.py makes its inputs of
         crop_pct=1.0, interpolation='bilinear',

@@ -1,7 +1,10 @@
-"""What the papers say about the models: data for model cards, `timm-ssm list` and docs/models.md."""
+"""What the papers say about the models: the one table to extend for a new family.
+
+Model cards, `timm-ssm list` and docs/models.md are made from it.
+"""
 from typing import Dict, NamedTuple, Optional
 
-__all__ = ['LEFT_OUT', 'PARAMS', 'PUBLISHED', 'Published']
+__all__ = ['CITATIONS', 'PARAMS', 'PUBLISHED', 'Published', 'UNCOUNTED_OPS']
 
 
 class Published(NamedTuple):
@@ -38,7 +41,7 @@ PARAMS = {
 }
 
 # Operations that a family's published GMACs do not count, found by counting: its authors' counters do not see them.
-LEFT_OUT = {
+UNCOUNTED_OPS = {
     'videomamba': ('scan', 'x_proj', 'dt_proj'),
     'stablemamba': ('scan', 'x_proj', 'dt_proj'),
     'stvideomamba': ('scan', 'x_proj', 'dt_proj'),
@@ -143,4 +146,32 @@ PUBLISHED: Dict[str, Published] = {
     'groupmamba_small.in1k': Published(83.9, 7.0, _GROUPMAMBA),
     'groupmamba_base.in1k': Published(84.5, 14, _GROUPMAMBA),
     'stable_groupmamba_small.untrained': Published(83.8, 8.3, _STABLEMAMBA, '84.2 with distillation'),
+}
+
+# BibTeX, by arXiv number; papers without an entry are cited as arXiv preprints.
+CITATIONS = {
+    '2403.06977': '''@inproceedings{li2024videomamba,
+  title={VideoMamba: State Space Model for Efficient Video Understanding},
+  author={Li, Kunchang and Li, Xinhao and Wang, Yi and He, Yinan and Wang, Yali and Wang, Limin and Qiao, Yu},
+  booktitle={European Conference on Computer Vision},
+  year={2024}
+}''',
+    '2401.09417': '''@inproceedings{zhu2024vision,
+  title={Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}''',
+    '2407.08083': '''@inproceedings{hatamizadeh2025mambavision,
+  title={MambaVision: A Hybrid Mamba-Transformer Vision Backbone},
+  author={Hatamizadeh, Ali and Kautz, Jan},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}''',
+    '2407.13772': '''@inproceedings{shaker2025groupmamba,
+  title={GroupMamba: Efficient Group-Based Visual State Space Model},
+  author={Shaker, Abdelrahman and Wasim, Syed Talal and Khan, Salman and Gall, Juergen and Khan, Fahad Shahbaz},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}''',
 }

@@ -1,9 +1,7 @@
 """What a Hub repository of a checkpoint says about it: config.json, in timm's format, and README.md, the model card.
 
-    python -m timm_ssm.hub.cards [FOLDER]
-
-writes both for every pretrained tag, hub_configs/<model>.<tag>/ by default. A card's generated sections lie between
-markers and are rewritten; what people write before, between and after them stays.
+A card's generated sections lie between markers and are rewritten; what people write before, between and after them
+stays.
 """
 import json
 import re
@@ -13,39 +11,10 @@ from typing import Any, Dict, List, Optional
 
 from timm.models import model_entrypoint
 from torch import nn
-from tqdm import tqdm
 
-from ..models.counted import COUNTED
-from ..models.published import PUBLISHED
-from .zoo import datasets, list_names, meta_model, num_frames
-
-# by arXiv number
-CITATIONS = {
-    '2403.06977': '''@inproceedings{li2024videomamba,
-  title={VideoMamba: State Space Model for Efficient Video Understanding},
-  author={Li, Kunchang and Li, Xinhao and Wang, Yi and He, Yinan and Wang, Yali and Wang, Limin and Qiao, Yu},
-  booktitle={European Conference on Computer Vision},
-  year={2024}
-}''',
-    '2401.09417': '''@inproceedings{zhu2024vision,
-  title={Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
-  author={Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
-  booktitle={International Conference on Machine Learning},
-  year={2024}
-}''',
-    '2407.08083': '''@inproceedings{hatamizadeh2025mambavision,
-  title={MambaVision: A Hybrid Mamba-Transformer Vision Backbone},
-  author={Hatamizadeh, Ali and Kautz, Jan},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2025}
-}''',
-    '2407.13772': '''@inproceedings{shaker2025groupmamba,
-  title={GroupMamba: Efficient Group-Based Visual State Space Model},
-  author={Shaker, Abdelrahman and Wasim, Syed Talal and Khan, Salman and Gall, Juergen and Khan, Fahad Shahbaz},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2025}
-}''',
-}
+from .datasets import DATASETS, tag_class_names, trained_on
+from .published import CITATIONS, PUBLISHED
+from .registry import counted, meta_model, num_frames
 
 # licences under names of the Hub's own; any other is `other` with a name there
 _HUB_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0')
@@ -63,10 +32,11 @@ def model_config(
         name: Pretrained tag, or model for weights of other origin.
         model: The model, with or without values.
         model_args: Arguments in which the model differs from its defaults.
-        label_names: Names of the classes, in order, where they are not ImageNet's.
+        label_names: Names of the classes, in order; if None the model's own, or those of the tag's dataset. timm knows
+            ImageNet's.
     """
-    model_args = dict(model_args or {})
-    cfg = dict(model.pretrained_cfg)
+    model_args, cfg = dict(model_args or {}), dict(model.pretrained_cfg)
+    label_names = label_names or cfg.pop('label_names', None) or tag_class_names(name.partition('.')[2])
     for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
         cfg.pop(key, None)
     if '.' not in name:  # these describe the tag's weights, not the ones at hand
@@ -87,7 +57,7 @@ def model_config(
         pretrained_cfg=cfg,
     )
     if label_names:
-        config['label_names'] = label_names
+        config['label_names'] = list(label_names)
     if model_args:  # without num_classes, which transformers' TimmWrapper passes by itself
         config['model_args'] = model_args
     return config
@@ -108,7 +78,7 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
     """
     cfg, (architecture, _, tag) = config['pretrained_cfg'], name.partition('.')
     published = PUBLISHED.get(name)
-    trained_on, paper_id = datasets(tag), cfg['paper_ids'].removeprefix('arXiv:')
+    datasets, paper_id = [DATASETS[d].name for d in trained_on(tag)], cfg['paper_ids'].removeprefix('arXiv:')
     params, frames = sum(p.numel() for p in model.parameters()), num_frames(model)
     task = 'video-classification' if frames > 1 else 'image-classification'
     family = sys.modules[model_entrypoint(architecture).__module__].__doc__.partition('\n')[0].rstrip('.')
@@ -120,8 +90,8 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
         header.append(f'license: {license_name}')
     elif license_name:
         header += ['license: other', f'license_name: {license_name}']
-    if trained_on:
-        header += ['datasets:', *(f'- {d.lower().replace(" ", "-")}' for d in trained_on)]
+    if datasets:
+        header += ['datasets:', *(f'- {d.lower().replace(" ", "-")}' for d in datasets)]
 
     content = f'clips of {frames} frames' if frames > 1 else 'images'
     size = ' × '.join(str(s) for s in cfg['input_size'][1:])
@@ -131,11 +101,12 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
         f'- **Input:** {content} of {size} pixels, {config["num_classes"]} classes',
         f'- **Paper:** {cfg["paper_name"]}, https://arxiv.org/abs/{paper_id}',
     ]
-    if name in COUNTED:
+    if name in counted():
+        gmacs = counted()[name][1]
         theirs = f'; {published.gmacs:g} as published' if published and published.gmacs else ''
-        details.insert(2, f'- **GMACs:** {COUNTED[name][1]:.2f}, counted in this implementation, scan included{theirs}')
-    if trained_on:
-        details.append(f'- **Trained on:** {", then ".join(trained_on)}')
+        details.insert(2, f'- **GMACs:** {gmacs:.2f}, counted in this implementation, scan included{theirs}')
+    if datasets:
+        details.append(f'- **Trained on:** {", then ".join(datasets)}')
     if cfg.get('origin_url'):
         details.append(f'- **Weights and original code:** {cfg["origin_url"]}, by the paper\'s authors')
     if license_name:
@@ -146,7 +117,7 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
     results = 'No accuracy of these weights is recorded here; see the paper.' if tag else 'Not measured.'
     if published and published.top1 is not None:
         note = f' ({published.note})' if published.note else ''
-        results = (f'| {trained_on[-1]} top-1 | published by |\n| --- | --- |\n'
+        results = (f'| {datasets[-1]} top-1 | published by |\n| --- | --- |\n'
                    f'| {published.top1:.1f} % | {published.by}{note} |')
 
     if frames > 1:
@@ -165,12 +136,13 @@ def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
         f'@misc{{arxiv:{paper_id},\n  title={{{cfg["paper_name"]}}},\n  eprint={{{paper_id}}},\n'
         '  archivePrefix={arXiv}\n}'))
 
+    install = 'With `timm-ssm` installed (`pip install .` in a checkout of its repository):'
     sections = dict(
         header='\n'.join(header),
         title=f'# Model card for {name}',
         details='## Model details\n\n' + '\n'.join(details),
         results='## Results\n\n' + results,
-        usage=f'## Usage\n\n`pip install timm-ssm`, then\n\n```python\n{usage}\n```',
+        usage=f'## Usage\n\n{install}\n\n```python\n{usage}\n```',
         citation=f'## Citation\n\n```bibtex\n{citation}\n```',
     )
     marked = {k: _mark(k, v) for k, v in sections.items()}
@@ -210,15 +182,3 @@ def generate(name: str, folder: Path) -> Dict[Path, str]:
     if readme.exists():
         text = merge(readme.read_text(encoding='utf-8'), text)
     return {folder / name / 'config.json': to_json(config), readme: text}
-
-
-def main(folder: str = 'hub_configs') -> None:
-    """Write the files of all pretrained tags."""
-    for name in tqdm(list_names(pretrained=True), desc=folder, disable=None):
-        for path, text in generate(name, Path(folder)).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding='utf-8')
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])

@@ -6,31 +6,30 @@ import timm
 import yaml
 from timm.models import get_pretrained_cfg
 
-from timm_ssm.hub import cards, zoo
-from timm_ssm.models.counted import COUNTED
-from timm_ssm.models.published import PUBLISHED
+from timm_ssm.zoo import cards, registry
+from timm_ssm.zoo.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 NAME = 'videomamba_tiny_patch16_448.in1k'
 
 
 def test_hub_configs_are_in_sync():
-    """If this fails: python -m timm_ssm.hub.cards"""
+    """If this fails: python -m timm_ssm.zoo"""
     folder = ROOT / 'hub_configs'
-    names = zoo.list_names(pretrained=True)
+    names = registry.list_names(pretrained=True)
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     for name in names:
-        assert COUNTED[name][0] == sum(p.numel() for p in zoo.meta_model(name).parameters())
+        assert registry.counted()[name][0] == sum(p.numel() for p in registry.meta_model(name).parameters())
         for path, text in cards.generate(name, folder).items():
             assert path.read_text(encoding='utf-8') == text, path
 
 
 def test_published_are_tags():
-    assert {n for n in PUBLISHED if not n.endswith('.untrained')} == set(zoo.list_names(pretrained=True))
+    assert {n for n in PUBLISHED if not n.endswith('.untrained')} == set(registry.list_names(pretrained=True))
 
 
 def test_config():
-    config = cards.model_config(NAME, zoo.meta_model(NAME))
+    config = cards.model_config(NAME, registry.meta_model(NAME))
     assert list(config) == ['architecture', 'num_classes', 'num_features', 'global_pool', 'pretrained_cfg']
     assert config['architecture'] == 'videomamba_tiny_patch16_448'
     assert (config['num_classes'], config['num_features'], config['global_pool']) == (1000, 192, 'token')
@@ -42,7 +41,7 @@ def test_config():
 def test_config_of_an_adapted_model():
     args = dict(num_classes=7, in_chans=1, img_size=96)
     name = 'videomamba_tiny_patch16_224'
-    config = cards.model_config(name, zoo.meta_model(name, **args), args, [f'class {i}' for i in range(7)])
+    config = cards.model_config(name, registry.meta_model(name, **args), args, [f'class {i}' for i in range(7)])
     assert config['model_args'] == dict(in_chans=1, img_size=96)  # num_classes there breaks transformers
     assert config['num_classes'] == config['pretrained_cfg']['num_classes'] == 7
     assert config['pretrained_cfg']['input_size'] == [1, 96, 96]
@@ -50,7 +49,7 @@ def test_config_of_an_adapted_model():
     assert len(config['label_names']) == 7
 
 
-@pytest.mark.parametrize('name', zoo.list_names(pretrained=True))
+@pytest.mark.parametrize('name', registry.list_names(pretrained=True))
 def test_config_is_read_back_by_timm(name):
     """timm's reader of config.json finds the registry's pretrained cfg and no further arguments."""
     from timm.models._hub import load_model_config_from_path
@@ -62,13 +61,13 @@ def test_config_is_read_back_by_timm(name):
     assert {k: cfg.get(k) for k in registered} == json.loads(json.dumps(registered))
 
 
-@pytest.mark.parametrize('name', zoo.list_names(pretrained=True))
+@pytest.mark.parametrize('name', registry.list_names(pretrained=True))
 def test_card(name):
     text = (ROOT / 'hub_configs' / name / 'README.md').read_text(encoding='utf-8')
     header = yaml.safe_load(text.split('---\n')[1])
     assert header['library_name'] == 'timm' and header['license'] and header['datasets']
     for wanted in ('https://arxiv.org/abs/', 'Weights and original code:** https://', 'Licence of the weights',
-                   'Trained on', 'Parameters', f'**GMACs:** {COUNTED[name][1]:.2f}, counted',
+                   'Trained on', 'Parameters', f'**GMACs:** {registry.counted()[name][1]:.2f}, counted',
                    f"timm.create_model('{name}', pretrained=True)", '@inproceedings'):
         assert wanted in text, wanted
     published = PUBLISHED[name]
@@ -109,12 +108,12 @@ def test_a_card_without_markers_is_not_overwritten(tmp_path):
 
 
 def test_list(cache, hub):
-    row = zoo.describe('videomamba_tiny_patch16_224.in1k')
+    row = registry.describe('videomamba_tiny_patch16_224.in1k')
     assert row == dict(
         name='videomamba_tiny_patch16_224.in1k', top1=76.9, params=7148008, gmacs=1.56, published_gmacs=1.1,
         input_size=(3, 224, 224), license='apache-2.0', cached=False)
-    ours = zoo.list_names()
+    ours = registry.list_names()
     assert 'videomamba_tiny_patch16_224' in ours and 'vit_tiny_patch16_224' not in ours
     assert set(ours) < set(timm.list_models())
-    assert zoo.list_names(['*_base_*'], pretrained=True) == [
-        n for n in zoo.list_names(pretrained=True) if '_base_' in n]
+    assert registry.list_names(['*_base_*'], pretrained=True) == [
+        n for n in registry.list_names(pretrained=True) if '_base_' in n]

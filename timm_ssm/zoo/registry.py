@@ -1,6 +1,7 @@
-"""The models of this package, and what is known about their pretrained tags."""
+"""The models of this package, and what is known of each."""
 import fnmatch
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -13,17 +14,14 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
-from ..models.counted import COUNTED
-from ..models.published import PUBLISHED, Published
+from .published import PUBLISHED, Published
 
-# what a pretrained tag says about the training data, by its parts
-DATASETS = {
-    'in1k': 'ImageNet-1k',
-    'in21k': 'ImageNet-21k',
-    'k400': 'Kinetics-400',
-    'ssv2': 'Something-Something V2',
-    'breakfast': 'Breakfast',
-}
+
+@functools.cache
+def counted() -> Dict[str, Tuple[int, float]]:
+    """Parameters and GMACs of every model with tag, as `python -m timm_ssm.zoo` counted them."""
+    counts = json.loads(Path(__file__).with_name('counted.json').read_text(encoding='utf-8'))
+    return {name: (params, gmacs) for name, (params, gmacs) in counts.items()}
 
 
 def list_names(
@@ -62,11 +60,6 @@ def input_shape(name: str) -> Tuple[int, ...]:
     return (size[0], int(frames[1]), *size[1:]) if frames else size
 
 
-def datasets(tag: str) -> List[str]:
-    """The data sets of a pretrained tag: 'in21k_ft_in1k' was trained on ImageNet-21k, then on ImageNet-1k."""
-    return [DATASETS[part] for part in tag.split('_') if part in DATASETS]
-
-
 def cached_file(name: str) -> Optional[Path]:
     """Where the Hub's cache holds the weights of a pretrained tag; None if it does not."""
     cfg = get_pretrained_cfg(name)
@@ -81,7 +74,7 @@ def describe(name: str) -> Dict[str, Any]:
     """A model with its tag as a row of `timm-ssm list`."""
     cfg = get_pretrained_cfg(name)
     published = PUBLISHED.get(name, Published(None, None, ''))
-    params, gmacs = COUNTED[name]
+    params, gmacs = counted()[name]
     return dict(
         name=name if cfg.has_weights else name.partition('.')[0],
         top1=published.top1,

@@ -1,25 +1,20 @@
 """Count the parameters and multiply-accumulates of every model and compare them with the published ones.
 
-    python benchmarks/model_table.py
-
-Writes docs/models.md, and timm_ssm/models/counted.py for `timm-ssm list` and the model cards. Nothing is computed or
-downloaded: models are built on the meta device. The published numbers are in timm_ssm/models/published.py.
+Nothing is computed or downloaded: models are built on the meta device. `python -m timm_ssm.zoo` writes docs/models.md
+and counted.json with it.
 """
-from pathlib import Path
+import json
 from typing import Dict, List, Optional, Tuple
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from timm_ssm.hub.zoo import input_shape, list_names
-from timm_ssm.models.published import LEFT_OUT, PARAMS, PUBLISHED
+from .datasets import DATASETS, trained_on
+from .published import PARAMS, PUBLISHED, UNCOUNTED_OPS
+from .registry import input_shape
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT, COUNTED = ROOT / 'docs' / 'models.md', ROOT / 'timm_ssm' / 'models' / 'counted.py'
-DATASETS = {'in1k': 'IN1k', 'in21k': 'IN21k', 'k400': 'K400', 'ssv2': 'SSv2', 'breakfast': 'Breakfast'}
 PARTS = {
     'scan': 'the selective scan',
     'x_proj': 'the projection to dt, B and C',
@@ -28,7 +23,7 @@ PARTS = {
 }
 INTRODUCTION = '''# Models
 
-Written by `python benchmarks/model_table.py`; do not edit.
+Written by `python -m timm_ssm.zoo`; do not edit.
 
 Parameters and GMACs (10⁹ multiply-accumulates in a forward pass of one image or one clip) are counted from the models
 as they are built here, and stand beside the published figures. GMACs count convolutions, linear layers, attention and
@@ -85,19 +80,19 @@ def row(name: str) -> Dict[str, object]:
     cfg = get_pretrained_cfg(name)
     shape = input_shape(name)
     params, gmacs = count(name, shape)
-    left_out = LEFT_OUT.get(architecture.partition('_')[0], ())
+    uncounted = UNCOUNTED_OPS.get(architecture.partition('_')[0], ())
     dataset = 'k400' if len(shape) == 4 else 'in1k'
     if cfg.has_weights:
-        dataset = [part for part in tag.split('_') if part in DATASETS][-1]
+        dataset = trained_on(tag)[-1]
     return dict(
         name=name,
         architecture=architecture,
         tag=tag if cfg.has_weights else '',
         shape=shape,
-        dataset=DATASETS[dataset],
+        dataset=DATASETS[dataset].abbreviation,
         params=params,
         gmacs=gmacs['total'],
-        same_gmacs=gmacs['total'] - sum(gmacs[part] for part in left_out),
+        same_gmacs=gmacs['total'] - sum(gmacs[part] for part in uncounted),
         published_params=published_params(architecture),
         published=PUBLISHED.get(name),
     )
@@ -126,29 +121,12 @@ def cells(r: Dict[str, object]) -> List[str]:
 def document(rows: List[Dict[str, object]]) -> str:
     """The page docs/models.md."""
     left_out = '\n'.join(
-        f'- {family}: without {", ".join(PARTS[p] for p in parts)}' for family, parts in LEFT_OUT.items())
+        f'- {family}: without {", ".join(PARTS[p] for p in parts)}' for family, parts in UNCOUNTED_OPS.items())
     lines = [COLUMNS, ['---:' if c in RIGHT else '---' for c in COLUMNS], *map(cells, rows)]
     return INTRODUCTION.format(left_out=left_out) + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def counted(rows: List[Dict[str, object]]) -> str:
-    """The module timm_ssm/models/counted.py."""
-    lines = ''.join(f'    {r["name"]!r}: {counts(r)},\n' for r in rows)
-    return f'''"""Parameters and GMACs of all models with tags: written by benchmarks/model_table.py, do not edit."""
-from typing import Dict, Tuple
-
-COUNTED: Dict[str, Tuple[int, float]] = {{
-{lines}}}
-'''
-
-
-def counts(r: Dict[str, object]) -> Tuple[int, float]:
-    """A row's parameters and GMACs as they are written down."""
-    return r['params'], round(r['gmacs'], 2)
-
-
-if __name__ == '__main__':
-    table = [row(name) for name in tqdm(list_names(include_tags=True), disable=None)]
-    DOCUMENT.write_text(document(table), encoding='utf-8')
-    COUNTED.write_text(counted(table), encoding='utf-8')
-    print(f'wrote {DOCUMENT} and {COUNTED}')
+    """The file counted.json: parameters and GMACs of each model with tag."""
+    lines = (f'  {json.dumps(r["name"])}: {json.dumps([r["params"], round(r["gmacs"], 2)])}' for r in rows)
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
