@@ -20,116 +20,6 @@ from timm_ssm.zoo.registry import list_names
 FIXTURES = Path(__file__).parent / 'fixtures'
 NAME, REPO, FILE = 'videomamba_tiny_patch16_224', 'OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth'
 
-# the files of the authors' repositories on the Hub, by the tag that loads them
-RELEASED = {
-    'OpenGVLab/VideoMamba': {
-        'videomamba_base_patch16_224.in1k': 'videomamba_b16_in1k_res224.pth',
-        'videomamba_middle_patch16_224.in1k': 'videomamba_m16_in1k_res224.pth',
-        'videomamba_middle_patch16_448.in1k': 'videomamba_m16_in1k_res224to448.pth',
-        'videomamba_middle_patch16_576.in1k': 'videomamba_m16_in1k_res224to448to576.pth',
-        'videomamba_middle_patch16_f8_224.k400': 'videomamba_m16_k400_f8_res224.pth',
-        'videomamba_middle_patch16_f8_224.k400_mask_ft': 'videomamba_m16_k400_mask_ft_f8_res224.pth',
-        'videomamba_middle_patch16_f8_224.ssv2': 'videomamba_m16_ssv2_f8_res224.pth',
-        'videomamba_middle_patch16_f8_224.ssv2_mask_ft': 'videomamba_m16_ssv2_mask_ft_f8_res224.pth',
-        'videomamba_middle_patch16_f16_224.k400': 'videomamba_m16_k400_f16_res224.pth',
-        'videomamba_middle_patch16_f16_224.k400_mask_ft': 'videomamba_m16_k400_mask_ft_f16_res224.pth',
-        'videomamba_middle_patch16_f16_224.ssv2': 'videomamba_m16_ssv2_f16_res224.pth',
-        'videomamba_middle_patch16_f16_224.ssv2_mask_ft': 'videomamba_m16_ssv2_mask_ft_f16_res224.pth',
-        'videomamba_middle_patch16_f16_288.ssv2': 'videomamba_m16_ssv2_f16_res224to288.pth',
-        'videomamba_middle_patch16_f16_288.ssv2_mask_ft': 'videomamba_m16_ssv2_mask_ft_f16_res224to288.pth',
-        'videomamba_middle_patch16_f32_224.breakfast': 'videomamba_m16_breakfast_f32_res224.pth',
-        'videomamba_middle_patch16_f32_224.breakfast_mask_ft': 'videomamba_m16_breakfast_mask_ft_f32_res224.pth',
-        'videomamba_middle_patch16_f32_224.k400': 'videomamba_m16_k400_f32_res224.pth',
-        'videomamba_middle_patch16_f32_224.k400_mask_ft': 'videomamba_m16_k400_mask_ft_f32_res224.pth',
-        'videomamba_middle_patch16_f64_224.breakfast': 'videomamba_m16_breakfast_f64_res224.pth',
-        'videomamba_middle_patch16_f64_224.breakfast_mask_ft': 'videomamba_m16_breakfast_mask_ft_f64_res224.pth',
-        'videomamba_middle_patch16_f64_224.k400': 'videomamba_m16_k400_f64_res224.pth',
-        'videomamba_middle_patch16_f64_224.k400_mask_ft': 'videomamba_m16_k400_mask_ft_f64_res224.pth',
-        'videomamba_middle_patch16_f64_384.k400': 'videomamba_m16_k400_f64_res224to384.pth',
-        'videomamba_middle_patch16_f64_384.k400_mask_ft': 'videomamba_m16_k400_mask_ft_f64_res224to384.pth',
-        'videomamba_small_patch16_224.in1k': 'videomamba_s16_in1k_res224.pth',
-        'videomamba_small_patch16_448.in1k': 'videomamba_s16_in1k_res224to448.pth',
-        'videomamba_small_patch16_576.in1k': 'videomamba_s16_in1k_res224to448to576.pth',
-        'videomamba_small_patch16_f8_224.k400': 'videomamba_s16_k400_f8_res224.pth',
-        'videomamba_small_patch16_f8_224.ssv2': 'videomamba_s16_ssv2_f8_res224.pth',
-        'videomamba_small_patch16_f16_224.k400': 'videomamba_s16_k400_f16_res224.pth',
-        'videomamba_small_patch16_f16_224.ssv2': 'videomamba_s16_ssv2_f16_res224.pth',
-        'videomamba_small_patch16_f16_288.ssv2': 'videomamba_s16_ssv2_f16_res224to288.pth',
-        'videomamba_small_patch16_f32_224.breakfast': 'videomamba_s16_breakfast_f32_res224.pth',
-        'videomamba_small_patch16_f32_224.k400': 'videomamba_s16_k400_f32_res224.pth',
-        'videomamba_small_patch16_f64_224.breakfast': 'videomamba_s16_breakfast_f64_res224.pth',
-        'videomamba_small_patch16_f64_224.k400': 'videomamba_s16_k400_f64_res224.pth',
-        'videomamba_small_patch16_f64_384.k400': 'videomamba_s16_k400_f64_res224to384.pth',
-        'videomamba_tiny_patch16_224.in1k': 'videomamba_t16_in1k_res224.pth',
-        'videomamba_tiny_patch16_448.in1k': 'videomamba_t16_in1k_res224to448.pth',
-        'videomamba_tiny_patch16_576.in1k': 'videomamba_t16_in1k_res224to448to576.pth',
-        'videomamba_tiny_patch16_f8_224.k400': 'videomamba_t16_k400_f8_res224.pth',
-        'videomamba_tiny_patch16_f8_224.ssv2': 'videomamba_t16_ssv2_f8_res224.pth',
-        'videomamba_tiny_patch16_f16_224.k400': 'videomamba_t16_k400_f16_res224.pth',
-        'videomamba_tiny_patch16_f16_224.ssv2': 'videomamba_t16_ssv2_f16_res224.pth',
-        'videomamba_tiny_patch16_f16_288.ssv2': 'videomamba_t16_ssv2_f16_res224to288.pth',
-        'videomamba_tiny_patch16_f32_224.breakfast': 'videomamba_t16_breakfast_f32_res224.pth',
-        'videomamba_tiny_patch16_f32_224.k400': 'videomamba_t16_k400_f32_res224.pth',
-        'videomamba_tiny_patch16_f64_224.breakfast': 'videomamba_t16_breakfast_f64_res224.pth',
-        'videomamba_tiny_patch16_f64_224.k400': 'videomamba_t16_k400_f64_res224.pth',
-        'videomamba_tiny_patch16_f64_384.k400': 'videomamba_t16_k400_f64_res224to384.pth',
-    },
-    'hustvl/Vim-base-midclstok': {
-        'vim_base_patch16_224.in1k': 'vim_b_midclstok_81p9acc.pth',
-    },
-    'hustvl/Vim-small-midclstok': {
-        'vim_small_patch16_224.in1k': 'vim_s_midclstok_80p5acc.pth',
-        'vim_small_patch16_stride8_224.in1k': 'vim_s_midclstok_ft_81p6acc.pth',
-    },
-    'hustvl/Vim-tiny-midclstok': {
-        'vim_tiny_patch16_224.in1k': 'vim_t_midclstok_76p1acc.pth',
-        'vim_tiny_patch16_stride8_224.in1k': 'vim_t_midclstok_ft_78p3acc.pth',
-    },
-    'Abdelrahman-shaker/GroupMamba-Base': {
-        'groupmamba_base.in1k': 'groupmamba_base_ema.pth',
-    },
-    'Abdelrahman-shaker/GroupMamba-Small': {
-        'groupmamba_small.in1k': 'groupmamba_small_ema.pth',
-    },
-    'Abdelrahman-shaker/GroupMamba-Tiny': {
-        'groupmamba_tiny.in1k': 'groupmamba_tiny_ema.pth',
-    },
-    'nvidia/MambaVision-B-1K': {
-        'mambavision_base.in1k': 'mambavision_base_1k.pth.tar',
-    },
-    'nvidia/MambaVision-B-21K': {
-        'mambavision_base.in21k_ft_in1k': 'mambavision_base_21k.pth.tar',
-    },
-    'nvidia/MambaVision-L-1K': {
-        'mambavision_large.in1k': 'mambavision_large_1k.pth.tar',
-    },
-    'nvidia/MambaVision-L-21K': {
-        'mambavision_large.in21k_ft_in1k': 'mambavision_large_21k.pth.tar',
-    },
-    'nvidia/MambaVision-L2-1K': {
-        'mambavision_large2.in1k': 'mambavision_large2_1k.pth.tar',
-    },
-    'nvidia/MambaVision-L2-512-21K': {
-        'mambavision_large2.in21k_ft_in1k_512': 'mambavision_L2_21k_240m_512.pth.tar',
-    },
-    'nvidia/MambaVision-L3-256-21K': {
-        'mambavision_large3.in21k_ft_in1k_256': 'mambavision_L3_21k_740m_256.pth.tar',
-    },
-    'nvidia/MambaVision-L3-512-21K': {
-        'mambavision_large3.in21k_ft_in1k_512': 'mambavision_L3_21k_740m_512.pth.tar',
-    },
-    'nvidia/MambaVision-S-1K': {
-        'mambavision_small.in1k': 'mambavision_small_1k.pth.tar',
-    },
-    'nvidia/MambaVision-T-1K': {
-        'mambavision_tiny.in1k': 'mambavision_tiny_1k.pth.tar',
-    },
-    'nvidia/MambaVision-T2-1K': {
-        'mambavision_tiny2.in1k': 'mambavision_tiny2_1k.pth.tar',
-    },
-}
-
-
 def create(name: str = NAME, **kwargs):
     return timm.create_model(name, pretrained=True, depth=2, **kwargs)
 
@@ -222,16 +112,15 @@ class TestFromTheHub:
         state_dict = {k.removeprefix('model.'): v for k, v in model.state_dict().items()}
         assert torch.equal(state_dict['blocks.1.mixer.in_proj.weight'], released['layers.1.mixer.in_proj.weight'])
 
-    def test_every_tag_is_a_released_file(self):
-        tags = {n for files in RELEASED.values() for n in files}
-        assert tags == set(list_names(pretrained=True))
-
-    @pytest.mark.parametrize('repo, name, file', [(r, n, f) for r, files in RELEASED.items() for n, f in files.items()])
-    def test_asks_for_its_file(self, hub, cache, repo, name, file):
-        hub.add(repo, {'README.md': b''})
-        with pytest.raises(EntryNotFoundError, match=f'{repo}/resolve/main/{file}'):
+    @pytest.mark.parametrize('name', list_names(pretrained=True))
+    def test_asks_for_its_file(self, hub, cache, name):
+        """And for nothing else."""
+        cfg = timm.get_pretrained_cfg(name)
+        hub.add(cfg.hf_hub_id, {'README.md': b''})
+        path = f'{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename}'
+        with pytest.raises(EntryNotFoundError, match=path):
             timm.create_model(name, pretrained=True, device='meta')
-        assert hub.asked('HEAD') == [f'/{repo}/resolve/main/{file}']
+        assert hub.asked('HEAD') == [f'/{path}']
 
     @pytest.mark.parametrize('checkpoint, name, wrap', [
         ('videomamba_small_video_f8_224', 'videomamba_small_patch16_f8_224.k400', lambda s: {'module': s}),
@@ -246,8 +135,8 @@ class TestFromTheHub:
         state_dict = {
             k: torch.tensor(i, dtype=torch.long if k.endswith('tracked') else torch.float).expand(s)
             for i, (k, s) in enumerate(shapes.items(), 1)}
-        (repo, file), = [(r, files[name]) for r, files in RELEASED.items() if name in files]
-        hub.add(repo, {file: to_bytes(wrap(state_dict))})
+        cfg = timm.get_pretrained_cfg(name)
+        hub.add(cfg.hf_hub_id, {cfg.hf_hub_filename: to_bytes(wrap(state_dict))})
         loaded = timm.create_model(name, pretrained=True).state_dict()
         assert all((v == v.flatten()[0]).all() for v in loaded.values())
         assert sorted(v.flatten()[0].item() for v in loaded.values()) == list(range(1, len(shapes) + 1))

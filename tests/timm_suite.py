@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PATTERNS = [
     'videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*', 'stablemamba_tiny_*', 'stablemamba_small_*',
     'videomambapro_tiny_*', 'videomambapro_small_*', 'mambavision_tiny', 'groupmamba_tiny', 'stable_groupmamba_small']
-# modules of isotropic families: their models are held to test_model_default_cfgs_non_std instead of the standard one
-ISOTROPIC = ['videomamba', 'stablemamba', 'videomambapro', 'vim']
 # timm's tests feed images; models that take clips have tests of their own
 CLIPS = re.compile(r'_f\d+_')
 # these need weights from the Hub; tests/test_pretrained.py does that against a server on this machine
@@ -88,7 +86,8 @@ def main(argv) -> int:
     if not names:
         raise SystemExit(f'timm_suite: no model matches {argv}; there are {", ".join(every)}')
 
-    isotropic = list(timm.list_models(module=ISOTROPIC))
+    # their models are held to test_model_default_cfgs_non_std instead of the standard one
+    isotropic = [n for n in every if timm.get_pretrained_cfg(n).pool_size is None]
     test_file = fetch(timm.__version__)
     target = test_file.with_name('test_models_timm_ssm.py')
     target.write_text(patch(test_file.read_text(), isotropic, modules))

@@ -82,21 +82,6 @@ def test_overlapping_patches():
     assert model.forward_features(torch.randn(1, 3, 224, 224)).shape == (1, 27 * 27 + 1, 192)
 
 
-def test_tags():
-    files = {
-        'vim_tiny_patch16_224': ('tiny', 'vim_t_midclstok_76p1acc.pth'),
-        'vim_tiny_patch16_stride8_224': ('tiny', 'vim_t_midclstok_ft_78p3acc.pth'),
-        'vim_small_patch16_224': ('small', 'vim_s_midclstok_80p5acc.pth'),
-        'vim_small_patch16_stride8_224': ('small', 'vim_s_midclstok_ft_81p6acc.pth'),
-        'vim_base_patch16_224': ('base', 'vim_b_midclstok_81p9acc.pth'),
-    }
-    assert set(timm.list_models('vim_*', pretrained=True)) == {f'{n}.in1k' for n in files}
-    for name, (size, file) in files.items():
-        cfg = timm.get_pretrained_cfg(name)
-        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (f'hustvl/Vim-{size}-midclstok', file)
-        assert cfg.license == 'apache-2.0' and cfg.num_classes == 1000 and cfg.input_size == (3, 224, 224)
-
-
 @pytest.mark.parametrize('name', [
     'vim_tiny_patch16_224', 'vim_tiny_patch16_stride8_224', 'vim_small_patch16_224', 'vim_small_patch16_stride8_224',
     'vim_base_patch16_224'])

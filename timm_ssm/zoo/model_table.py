@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
 from .datasets import DATASETS, trained_on
-from .published import PARAMS, PUBLISHED, UNCOUNTED_OPS
+from .published import PARAMS, PUBLISHED, REMARKS, UNCOUNTED_OPS
 from .registry import input_shape
 
 PARTS = {
@@ -30,18 +30,15 @@ as they are built here, and stand beside the published figures. GMACs count conv
 the selective scan (9 B L D N floating-point operations a direction, B L D for the skip and for the gate, halved). Some
 published figures leave operations out; the column *same operations* counts ours without these, for comparison:
 
-{left_out}
+{uncounted}
 
-StableMamba's depths and MLP ratios are not published: those here match its parameters, and its multiply-accumulates,
-counted alike, come out up to 11 % above the published ones. Wherever else there is a published figure, the difference
-is below 5 %.
+{remarks}
 
 Top-1 accuracies, in per cent, are those published by the authors named; none is measured here. For clips they are
 averages over several views, so that a prediction costs several times the GMACs of the table. A dash: not published.
 Where no weights are public, there are none under *weights*.
 
-MambaVision's weights are under the NVIDIA Source Code License-NC: for non-commercial use only. GroupMamba's are MIT by
-their repositories' metadata and non-commercial by their model cards' text. VideoMamba's and Vim's are Apache-2.0.
+{licences}
 
 '''
 COLUMNS = [
@@ -120,10 +117,11 @@ def cells(r: Dict[str, object]) -> List[str]:
 
 def document(rows: List[Dict[str, object]]) -> str:
     """The page docs/models.md."""
-    left_out = '\n'.join(
+    uncounted = '\n'.join(
         f'- {family}: without {", ".join(PARTS[p] for p in parts)}' for family, parts in UNCOUNTED_OPS.items())
     lines = [COLUMNS, ['---:' if c in RIGHT else '---' for c in COLUMNS], *map(cells, rows)]
-    return INTRODUCTION.format(left_out=left_out) + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    text = INTRODUCTION.format(uncounted=uncounted, remarks=REMARKS['counts'], licences=REMARKS['licences'])
+    return text + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def counted(rows: List[Dict[str, object]]) -> str:

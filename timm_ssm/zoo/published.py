@@ -4,7 +4,7 @@ Model cards, `timm-ssm list` and docs/models.md are made from it.
 """
 from typing import Dict, NamedTuple, Optional
 
-__all__ = ['CITATIONS', 'PARAMS', 'PUBLISHED', 'Published', 'UNCOUNTED_OPS']
+__all__ = ['CITATIONS', 'PARAMS', 'PUBLISHED', 'REMARKS', 'Published', 'UNCOUNTED_OPS']
 
 
 class Published(NamedTuple):
@@ -46,6 +46,17 @@ UNCOUNTED_OPS = {
     'stablemamba': ('scan', 'x_proj', 'dt_proj'),
     'stvideomamba': ('scan', 'x_proj', 'dt_proj'),
     'mambavision': ('scan', 'attention'),
+}
+
+# Paragraphs of docs/models.md.
+REMARKS = {
+    'counts': '''\
+StableMamba's depths and MLP ratios are not published: those here match its parameters, and its multiply-accumulates,
+counted alike, come out up to 11 % above the published ones. Wherever else there is a published figure, the difference
+is below 5 %.''',
+    'licences': '''\
+MambaVision's weights are under the NVIDIA Source Code License-NC: for non-commercial use only. GroupMamba's are MIT by
+their repositories' metadata and non-commercial by their model cards' text. VideoMamba's and Vim's are Apache-2.0.''',
 }
 
 PUBLISHED: Dict[str, Published] = {
