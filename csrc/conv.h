@@ -8,7 +8,7 @@ constexpr int CONV_TILE = 64;
 template <class R>
 constexpr int CONV_BLOCK = 128 / sizeof(R);  // channels of a task
 
-// One direction's kernel as taps in memory order, x[t - before + k] meets weight[k]: a reverse kernel is mirrored.
+// One direction's kernel as taps in memory order, weight[k] times x[t - before + k]: a reverse kernel is mirrored.
 template <class R>
 struct Taps {
     int before;
@@ -47,7 +47,7 @@ INLINE Taps<R> load_taps(const Conv& c, int index, int64_t channel, int width, R
     return {d.reverse ? K - 1 - before : before, memory, bias};
 }
 
-// Copies tokens [from, to), of which some may not exist and are zeros then.
+// Copies tokens [from, to), with zeros for those outside the sequence.
 template <class R>
 INLINE void copy_tokens(const Conv& c, const Tensor& x, int64_t batch, int64_t from, int64_t to, int64_t channel,
                         int width, R* buffer) {
@@ -119,7 +119,7 @@ static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
         const int64_t end = start + CONV_TILE < c.length ? start + CONV_TILE : c.length;
         copy_tokens(c, c.x, batch, start - 2 * m.halo, end + 2 * m.halo, channel, width, m.x());
         for (int i = 0; i < c.directions; i++) {
-            // the gradient before the activation, also of the tokens around the tile that saw some of it
+            // the gradient before the activation, also of the tokens around the tile that depend on it
             copy_tokens(c, c.direction[i].out, batch, start - m.halo, end + m.halo, channel, width, m.g(i));
             R* dw = m.gradients(i);
             R* db = dw + kernel_size * CONV_BLOCK<R>;
@@ -136,10 +136,10 @@ static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
                     }
                     if (!inside) continue;
                     store(db + v, load(db + v) + gt);
-                    const R* seen = x - taps[i].before * CONV_BLOCK<R> + v;
+                    const R* inputs = x - taps[i].before * CONV_BLOCK<R> + v;
                     for (int k = 0; k < kernel_size; k++) {
                         R* to = dw + k * CONV_BLOCK<R> + v;
-                        store(to, load(to) + gt * load(seen + k * CONV_BLOCK<R>));
+                        store(to, load(to) + gt * load(inputs + k * CONV_BLOCK<R>));
                     }
                 }
             }

@@ -1,8 +1,8 @@
 // The selective scan for one instruction set: included inside its namespace after simd.h.
 //
-// A task walks the tokens of one batch item for a block of channels, in tiles of CHUNK_SIZE tokens that stay in the L1 cache
-// together with the block's states. Vectors run over channels. Within a tile a few states at a time are kept in
-// registers and taken through all of its tokens.
+// A task scans one batch item for a block of channels. It goes in chunks of CHUNK_SIZE tokens; a chunk of a block is a
+// tile, which stays in the L1 cache together with the block's states. Vectors run over channels. Within a tile a few
+// states at a time are kept in registers and scanned over all of its tokens.
 
 template <class R>
 constexpr int BLOCK = 128 / sizeof(R);  // channels of a task
@@ -11,7 +11,7 @@ constexpr int MAX_STATES = 8;  // held in registers, forward
 template <class R>
 constexpr int MAX_STATES_BACKWARD = LANES<R> < 4 ? LANES<R> : 4;
 
-// The rows of one tile: `data` is the row that the scan meets first, `stride` leads to the next.
+// The tokens of one tile in scan order: `data` points at the first, `stride` elements lead to the next.
 template <class R>
 struct Rows {
     R* data;
@@ -19,7 +19,7 @@ struct Rows {
     R* operator[](int i) const { return data + i * stride; }
 };
 
-// Where a tile lies: `rows` tokens from `token` on, in steps of `step` (-1 in reverse), channels [channel, +width).
+// A tile's place: `rows` tokens from `token` on, in steps of `step` (-1 in reverse), channels [channel, +width).
 struct Tile {
     int64_t batch, token, step, channel;
     int rows, width;
@@ -31,16 +31,16 @@ INLINE Rows<R> rows_of(const Tensor& x, const Tile& tile) {
     return {data, tile.step * x.token_stride};
 }
 
-// The rows of the next tile, to be asked for in time: they lie too far apart for processors to foresee them.
+// Prefetches the rows of the next tile, which are too far apart for the hardware prefetchers.
 template <class R>
-struct Ahead {
+struct Prefetch {
     Tile tile;  // of no rows after the last tile
     int count;
     Rows<R> tensors[8];
     INLINE_MEMBER void add(const Tensor& x) {
         if (x.data && tile.rows) tensors[count++] = rows_of<R>(x, tile);
     }
-    // Steps [from, to) of `steps`: too many rows at once would wait for one another.
+    // The part [from, to) of `steps` parts: too many requests at once would wait for one another.
     INLINE_MEMBER void fetch(int64_t from, int64_t to, int64_t steps) const {
         for (int64_t i = tile.rows * from / steps; i < tile.rows * to / steps; i++)
             for (int j = 0; j < count; j++)
@@ -163,9 +163,9 @@ INLINE void for_states(int64_t n, int64_t d_state, F f) {
     if constexpr (MAX > 1) for_states<MAX / 2>(n, d_state, f);
 }
 
-// One vector of channels and K of its states through a tile: y += C . h
+// Scans one vector of channels and K of its states over a tile: y += C . h
 template <class R, int K, bool MASK>
-INLINE void advance(
+INLINE void scan_states(
         int rows, const R* A, R* h_memory, const R* dt, const R* dtu, Rows<R> B, Rows<R> C, R* y) {
     Vec<R> h[K];
     for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
@@ -185,7 +185,7 @@ INLINE void advance(
 }
 
 template <class R, bool MASK>
-struct Advance {
+struct ScanStates {
     Scratch<R>* m;
     int rows, width;
     Rows<R> B, C;
@@ -194,11 +194,11 @@ struct Advance {
         R *A = m->A + n * BLOCK<R>, *h = m->h + n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int v = 0; v < width; v += LANES<R>)
-            advance<R, K, MASK>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
+            scan_states<R, K, MASK>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
     }
 };
 
-// One direction of one block. Its outputs are added to those of the directions before it; the last one applies the gate.
+// One direction of one block. Its outputs are added to those of earlier directions; the last one applies the gate.
 template <class R>
 static void forward_direction(
         const Scan& s, int index, int64_t batch, int64_t group, int64_t channel, int width, Scratch<R>* m) {
@@ -221,12 +221,12 @@ static void forward_direction(
                 memcpy(to + n * s.channels, h + n * BLOCK<R>, width * sizeof(R));
         }
         const Rows<R> before = index ? readable(sum, tile, m->buffers[2]) : Rows<R>{};
-        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start + CHUNK_SIZE)};
-        ahead.add(d.u);
-        ahead.add(d.delta);
-        if (index) ahead.add(sum);
-        if (last) ahead.add(s.z);
-        ahead.fetch(0, 1, 1);
+        Prefetch<R> next = {tile_of<R>(s, d, batch, channel, width, start + CHUNK_SIZE)};
+        next.add(d.u);
+        next.add(d.delta);
+        if (index) next.add(sum);
+        if (last) next.add(s.z);
+        next.fetch(0, 1, 1);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
@@ -240,10 +240,10 @@ static void forward_direction(
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
         if (d.mask_diagonal) {
             memcpy(m->first, m->y, sizeof(m->first));
-            for_states<MAX_STATES>(0, s.d_state, Advance<R, true>{m, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, true>{m, tile.rows, width, B, C});
             if (start == 0) memcpy(m->y, m->first, sizeof(m->first));
         } else {
-            for_states<MAX_STATES>(0, s.d_state, Advance<R, false>{m, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, false>{m, tile.rows, width, B, C});
         }
         if (last && s.z.data) {
             const Rows<R> z = readable(s.z, tile, m->buffers[3]);
@@ -285,13 +285,11 @@ INLINE void add_products(Vec<R>* products, bool first, R* to) {
     store(to, first ? sum : load(to) + sum);
 }
 
-// One vector of channels and K of its states through a tile and back.
-//
-// On the way there decays and states are computed anew, on the way back g = dL/dh follows
-// g_t = C_t dy_t + a_{t+1} g_{t+1}, where a g is what `g_memory` carries from tile to tile.
+// The gradients of one vector of channels and K of its states over a tile: a forward loop recomputes decays and states,
+// a backward loop computes g = dL/dh by g_t = C_t dy_t + a_{t+1} g_{t+1}. `g_memory` carries a g from tile to tile.
 template <class R, int K, bool MASK>
-INLINE void retreat(int64_t rows, int64_t v, bool first, const R* A, const R* h_memory, R* g_memory, R* dA_memory,
-                    Rows<R> B, Rows<R> C, BackwardScratch<R>* m) {
+INLINE void scan_states_backward(int64_t rows, int64_t v, bool first, const R* A, const R* h_memory, R* g_memory,
+                                 R* dA_memory, Rows<R> B, Rows<R> C, BackwardScratch<R>* m) {
     constexpr int W = LANES<R>;
     Vec<R> h[K], products[K];
     for (int n = 0; n < K; n++) h[n] = load(h_memory + n * BLOCK<R>);
@@ -322,9 +320,9 @@ INLINE void retreat(int64_t rows, int64_t v, bool first, const R* A, const R* h_
 #pragma GCC unroll 4
         for (int n = 0; n < K; n++) {
             const Vec<R> g_state = g[n] + dy * Ci[n];
-            const Vec<R> g_own = MASK ? g[n] : g_state;  // a masked token's own contribution is seen by later ones only
-            g_B += g_own * Bi[n];
-            products[n] = g_own * input;
+            const Vec<R> g_input = MASK ? g[n] : g_state;  // MASK: a token's input reaches only later outputs
+            g_B += g_input * Bi[n];
+            products[n] = g_input * input;
             g[n] = load(m->decay + at + n * W) * g_state;
             const Vec<R> g_exponent = load(m->decayed + at + n * W) * g_state;
             g_decay += g_exponent * load(A + n * BLOCK<R>);
@@ -341,21 +339,21 @@ INLINE void retreat(int64_t rows, int64_t v, bool first, const R* A, const R* h_
 }
 
 template <class R, bool MASK>
-struct Retreat {
+struct ScanStatesBackward {
     BackwardScratch<R>* m;
     int64_t d_state;
     int rows, width;
     Rows<R> B, C, dB, dC;
-    bool add;  // to dB and dC, which earlier blocks wrote
-    const Ahead<R>& ahead;
+    bool add;  // to dB and dC, which earlier blocks have written
+    const Prefetch<R>& next;
     template <int K>
     INLINE_MEMBER void operator()(int64_t n) const {
-        ahead.fetch(n, n + K, d_state);
+        next.fetch(n, n + K, d_state);
         const int64_t at = n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int64_t v = 0; v < width; v += LANES<R>)
-            retreat<R, K, MASK>(rows, v, v == 0, m->A + at + v, m->h + at + v, m->g + at + v,
-                                m->dA + at + v, Bn, Cn, m);
+            scan_states_backward<R, K, MASK>(
+                rows, v, v == 0, m->A + at + v, m->h + at + v, m->g + at + v, m->dA + at + v, Bn, Cn, m);
         reduce<K>(m->dB, dB, n);
         reduce<K>(m->dC, dC, n);
     }
@@ -392,15 +390,15 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         const bool gate_gradient = s.z.data && index == 0;
         const Rows<R> y = gate_gradient ? readable(s.y, tile, m->buffers[4]) : Rows<R>{};
         const Rows<R> dz = gate_gradient ? writable(s.dz, tile, m->more_buffers[0]) : Rows<R>{};
-        Ahead<R> ahead = {tile_of<R>(s, d, batch, channel, width, start - CHUNK_SIZE)};
-        ahead.add(d.u);
-        ahead.add(d.delta);
-        ahead.add(s.out);
-        ahead.add(s.z);
-        if (gate_gradient) ahead.add(s.y);
-        if (gate_gradient) ahead.add(s.dz);
-        ahead.add(d.du);
-        ahead.add(d.ddelta);
+        Prefetch<R> next = {tile_of<R>(s, d, batch, channel, width, start - CHUNK_SIZE)};
+        next.add(d.u);
+        next.add(d.delta);
+        next.add(s.out);
+        next.add(s.z);
+        if (gate_gradient) next.add(s.y);
+        if (gate_gradient) next.add(s.dz);
+        next.add(d.du);
+        next.add(d.ddelta);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const int at = i * BLOCK<R> + v;
@@ -436,11 +434,13 @@ static void backward_direction(const Scan& s, int index, int64_t batch, int64_t 
         part_tile.batch += part * s.batch;
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
         const Rows<R> dB = states_of<R>(d.dB, part_tile, group), dC = states_of<R>(d.dC, part_tile, group);
+        constexpr int MOST = MAX_STATES_BACKWARD<R>;
         if (d.mask_diagonal)
-            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, true>{m, N, tile.rows, width, B, C, dB, dC, add, ahead});
+            for_states<MOST>(0, N, ScanStatesBackward<R, true>{m, N, tile.rows, width, B, C, dB, dC, add, next});
         else
-            for_states<MAX_STATES_BACKWARD<R>>(0, N, Retreat<R, false>{m, N, tile.rows, width, B, C, dB, dC, add, ahead});
-        const Rows<R> du = writable(d.du, tile, m->more_buffers[1]), ddelta = writable(d.ddelta, tile, m->more_buffers[2]);
+            for_states<MOST>(0, N, ScanStatesBackward<R, false>{m, N, tile.rows, width, B, C, dB, dC, add, next});
+        const Rows<R> du = writable(d.du, tile, m->more_buffers[1]);
+        const Rows<R> ddelta = writable(d.ddelta, tile, m->more_buffers[2]);
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const int at = i * BLOCK<R> + v;

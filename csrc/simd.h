@@ -12,14 +12,14 @@ template <>
 struct Simd<float> {
     // I holds bits: unsigned, since lanes that nobody reads may overflow
     typedef float V __attribute__((vector_size(VECTOR_BYTES)));
-    typedef float Loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+    typedef float Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
     typedef uint32_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 
 template <>
 struct Simd<double> {
     typedef double V __attribute__((vector_size(VECTOR_BYTES)));
-    typedef double Loose __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+    typedef double Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
     typedef uint64_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 
@@ -31,12 +31,12 @@ constexpr int LANES = VECTOR_BYTES / sizeof(R);
 
 template <class R>
 INLINE Vec<R> load(const R* p) {
-    return *reinterpret_cast<const typename Simd<R>::Loose*>(p);
+    return *reinterpret_cast<const typename Simd<R>::Unaligned*>(p);
 }
 
 template <class R>
 INLINE void store(R* p, Vec<R> x) {
-    *reinterpret_cast<typename Simd<R>::Loose*>(p) = x;
+    *reinterpret_cast<typename Simd<R>::Unaligned*>(p) = x;
 }
 
 // Lanes of a and b by number, b's after a's.

@@ -117,7 +117,7 @@ def test_random_calls(seed):
     def pick(*options):
         return options[torch.randint(len(options), (), generator=g).item()]
 
-    shape = dict(batch=pick(1, 2, 3), length=pick(1, 2, 31, 33, 64, 71), dtype=pick(torch.float32, torch.float64))
+    shape = dict(batch=pick(1, 2, 3), length=pick(2, 3, 31, 33, 64, 71), dtype=pick(torch.float32, torch.float64))
     groups = pick(None, 1, 2, 3)
     check_scan(
         'native', **shape, channels=(groups or 1) * pick(1, 5, 16, 33), groups=groups, d_state=pick(1, 2, 3, 8, 13),
