@@ -2,7 +2,7 @@
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from timm.layers import register_notrace_function
+from torch.overrides import handle_torch_function, has_torch_function  # torch.fx, tensor subclasses
 from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
@@ -14,6 +14,7 @@ from .glue import (
     backend_name,
     define_op,
     exporting,
+    flat,
     has_tangent,
     refuse_higher_order,
     register_autograd,
@@ -22,7 +23,6 @@ from .glue import (
 __all__ = ['causal_conv1d', 'bidirectional_causal_conv1d']
 
 
-@register_notrace_function
 def causal_conv1d(
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -59,6 +59,9 @@ def causal_conv1d(
     if torch.jit.is_scripting():
         return exportable.conv1d(x, weight, bias, activation is not None, reverse, centered)
     else:
+        args = x, weight, bias
+        if has_torch_function(args):
+            return handle_torch_function(causal_conv1d, args, *args, activation, reverse, centered, backend)
         return _causal_conv1d(
             x, (weight,), None if bias is None else (bias,), activation, [reverse], centered, backend)[0]
 
@@ -66,7 +69,6 @@ def causal_conv1d(
 Pair = Tuple[torch.Tensor, torch.Tensor]
 
 
-@register_notrace_function
 def bidirectional_causal_conv1d(
         x: torch.Tensor,
         weight: Pair,
@@ -88,6 +90,9 @@ def bidirectional_causal_conv1d(
             exportable.conv1d(x, weight[1], None if bias is None else bias[1], silu, True, False),
         )
     else:
+        args = x, weight, bias
+        if has_torch_function(flat(args)):
+            return handle_torch_function(bidirectional_causal_conv1d, flat(args), *args, activation, backend)
         return tuple(_causal_conv1d(x, weight, bias, activation, [False, True], False, backend))
 
 

@@ -20,6 +20,11 @@ def exporting() -> bool:
     )
 
 
+def flat(args: Iterable) -> List:
+    """The arguments, and in place of pairs their items."""
+    return [x for arg in args for x in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+
+
 def has_tangent(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
     """Whether forward-mode AD differentiates a call on these tensors."""
     return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)

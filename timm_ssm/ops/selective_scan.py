@@ -5,7 +5,7 @@ Paper: `Mamba: Linear-Time Sequence Modeling with Selective State Spaces` - http
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from timm.layers import register_notrace_function
+from torch.overrides import handle_torch_function, has_torch_function  # torch.fx, tensor subclasses
 from torch.utils.flop_counter import register_flop_formula
 
 from . import exportable
@@ -17,6 +17,7 @@ from .glue import (
     backend_name,
     define_op,
     exporting,
+    flat,
     has_tangent,
     needs_grad,
     refuse_higher_order,
@@ -27,7 +28,6 @@ from .naive import selective_scan_naive
 __all__ = ['selective_scan', 'bidirectional_selective_scan']
 
 
-@register_notrace_function
 def selective_scan(  # no keyword-only arguments: TorchScript refuses them
         u: torch.Tensor,
         delta: torch.Tensor,
@@ -90,6 +90,10 @@ def selective_scan(  # no keyword-only arguments: TorchScript refuses them
         return selective_scan_naive(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual, mask_diagonal)
     else:
+        args = u, delta, A, B, C, D, z, delta_bias
+        if has_torch_function(args):
+            return handle_torch_function(
+                selective_scan, args, *args, delta_softplus, reverse, residual, mask_diagonal, backend)
         return _selective_scan(
             (u,), (delta,), (A,), (B,), (C,), None if D is None else (D,), z,
             None if delta_bias is None else (delta_bias,),
@@ -99,7 +103,6 @@ def selective_scan(  # no keyword-only arguments: TorchScript refuses them
 Pair = Tuple[torch.Tensor, torch.Tensor]
 
 
-@register_notrace_function
 def bidirectional_selective_scan(
         u: Pair,
         delta: Pair,
@@ -128,6 +131,10 @@ def bidirectional_selective_scan(
             u[1], delta[1], A[1], B[1], C[1], None if D is None else D[1], z,
             None if delta_bias is None else delta_bias[1], delta_softplus, True, residual, mask_diagonal)
     else:
+        args = u, delta, A, B, C, D, z, delta_bias
+        if has_torch_function(flat(args)):
+            return handle_torch_function(
+                bidirectional_selective_scan, flat(args), *args, delta_softplus, residual, mask_diagonal, backend)
         return _selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, [False, True], residual, [False, mask_diagonal],
             backend)
