@@ -210,6 +210,25 @@ def test_forked_process(threads):
 
 
 @needs_library
+@needs_fork
+def test_first_scan_in_a_fork():
+    """The parent imports the package, uses PyTorch's threads and forks; only the child ever scans."""
+    code = '''
+import os, signal, torch, timm_ssm
+torch.set_num_threads(2)
+torch.ones(2000, 2000).exp().sum()
+if (pid := os.fork()) == 0:
+    signal.alarm(30)  # a hang ends by a signal
+    from timm_ssm.ops import selective_scan
+    x, A, B = torch.randn(4, 64, 128), -torch.rand(128, 4), torch.randn(4, 64, 4)
+    selective_scan(x, x, A, B, B, backend='native')
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+'''
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+@needs_library
 def test_slices_are_read_in_place(monkeypatch):
     """Halves of in_proj's output and slices of x_proj's are not copied."""
     xz, dbc = torch.randn(2, 33, 128), torch.randn(2, 33, 4 + 2 * 16)

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import set_exportable
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_ssm  # noqa: F401 (registers the models)
 from timm_ssm.ops import (
     backend_report,
     backends,
@@ -179,6 +181,192 @@ def test_conv_errors(args, message):
         causal_conv1d(*args)
 
 
+@pytest.fixture
+def no_backend(monkeypatch):
+    """Every backend refuses to run: arguments are checked before one sees them."""
+    def run(self, *args):
+        raise AssertionError('a backend was called')
+
+    for backend in backends.BACKENDS.values():
+        for name in ('scan_forward', 'scan_backward', 'conv_forward', 'conv_backward'):
+            monkeypatch.setattr(type(backend), name, run)
+
+
+SECOND = [
+    (dict(u=scan_inputs(batch=3)['u']), r'u\[1\]: got shape \(3, 37, 12\), needs \(2, 37, 12\)'),
+    (dict(u=scan_inputs(length=5)['u']), r'u\[1\]: got shape \(2, 5, 12\), needs \(2, 37, 12\)'),
+    (scan_inputs(batch=64), r'u\[1\]: got shape \(64, 37, 12\), needs \(2, 37, 12\)'),
+    (scan_inputs(channels=24), r'u\[1\]: got shape \(2, 37, 24\), needs \(2, 37, 12\)'),
+    (scan_inputs(dtype=torch.float64), r'u\[1\]: got dtype torch.float64, needs torch.float32 like u\[0\]'),
+    (scan_inputs(d_state=8), r'A\[1\]: got shape \(12, 8\), needs \(12, 16\)'),
+    (scan_inputs(groups=2), r'B\[1\]: got shape \(2, 37, 2, 16\), needs \(2, 37, 16\)'),
+    (dict(C=scan_inputs(d_state=8)['C']), r'C\[1\]: got shape \(2, 37, 8\), needs \(2, 37, 16\)'),
+    (dict(delta=scan_inputs(device='meta')['delta']), r'delta\[1\]: got device meta, needs cpu like u\[0\]'),
+    (dict(D=None), r'D\[1\]: got None, needs a dense tensor'),
+    (dict(delta_bias=None), r'delta_bias\[1\]: got None, needs a dense tensor'),
+    (dict(D=torch.ones(13)), r'D\[1\]: got shape \(13,\), needs \(12,\)'),
+    (dict(delta_bias=torch.ones(1)), r'delta_bias\[1\]: got shape \(1,\), needs \(12,\)'),
+]
+
+
+@pytest.mark.parametrize('second, message', SECOND, ids=range(len(SECOND)))
+def test_second_direction_errors(no_backend, second, message):
+    """The second direction is checked against the first."""
+    with pytest.raises(ValueError, match=message):
+        bidirectional_selective_scan(**pairs(scan_inputs(), {**scan_inputs(seed=1), **second}))
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'z'])
+@pytest.mark.parametrize('wrong', ['one', 'three', 'tensor', 'none'])
+def test_pair_errors(no_backend, name, wrong):
+    inputs = pairs(scan_inputs(), scan_inputs(seed=1))
+    x = inputs[name][0]
+    value, got = {'one': ((x,), '1 items'), 'three': ((x, x, x), '3 items'), 'tensor': (x, 'Tensor'),
+                  'none': (None, 'None')}[wrong]
+    if wrong == 'none' and name in ('D', 'delta_bias'):
+        pytest.skip('may be None')
+    with pytest.raises(ValueError, match=fr'^{name}: got {got}, needs a pair of tensors \(forward, reverse\)$'):
+        bidirectional_selective_scan(**{**inputs, name: value})
+
+
+W, BIAS = torch.randn(4, 3), torch.randn(4)
+
+
+@pytest.mark.parametrize('args, message', [
+    (((W, torch.randn(4, 2)),), r'weight\[1\]: got shape \(4, 2\), needs \(4, 3\)'),
+    (((W, torch.randn(5, 3)),), r'weight\[1\]: got shape \(5, 3\), needs \(4, 3\)'),
+    (((W, W.long()),), r'weight\[1\]: got dtype torch.int64'),
+    (((W, W.to('meta')),), r'weight\[1\]: got device meta, needs cpu like x'),
+    (((W,),), r'weight: got 1 items, needs a pair'),
+    ((W,), r'weight: got Tensor, needs a pair'),
+    (((W, W, W),), r'weight: got 3 items, needs a pair'),
+    (((W, W), (BIAS, None)), r'bias\[1\]: got None, needs a dense tensor'),
+    (((W, W), (BIAS,)), r'bias: got 1 items, needs a pair'),
+    (((W, W), (BIAS, torch.randn(3))), r'bias\[1\]: got shape \(3,\), needs \(4,\)'),
+])
+def test_bidirectional_conv_errors(no_backend, args, message):
+    with pytest.raises(ValueError, match=message):
+        bidirectional_causal_conv1d(torch.randn(1, 5, 4), *args)
+
+
+@pytest.fixture
+def distributed_tensor():
+    from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield lambda x: DTensor.from_local(x, DeviceMesh('cpu', [0]), [Replicate()])
+    torch.distributed.destroy_process_group()
+
+
+KINDS = {
+    'sparse': (lambda x: x.to_sparse(), 'layout torch.sparse_coo'),
+    'csr': (lambda x: (x.flatten(1) if x.ndim > 1 else x[None]).to_sparse_csr(), 'layout torch.sparse_csr'),
+    'nested': (lambda x: torch.nested.nested_tensor([x, x]), 'a nested tensor'),
+    'jagged': (lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged), 'a nested tensor'),
+    'mkldnn': (lambda x: x.to_mkldnn(), 'layout torch._mkldnn'),
+    'array': (lambda x: x.numpy(), 'ndarray'),
+    'none': (lambda x: None, 'None'),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_kinds_of_tensor_scan(no_backend, kind, name):
+    """Whatever is not a dense tensor is refused in one sentence."""
+    make, got = KINDS[kind]
+    if kind == 'none' and name in ('D', 'z', 'delta_bias'):
+        pytest.skip('may be None')
+    inputs = scan_inputs()
+    with pytest.raises(ValueError, match=f'^{name}: got {got}, needs a dense tensor on one device$'):
+        selective_scan(**{**inputs, name: make(inputs[name])})
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', ['x', 'weight'])
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_kinds_of_tensor_conv(no_backend, kind, name):
+    make, got = KINDS[kind]
+    inputs = dict(x=torch.randn(1, 5, 4), weight=W)
+    with pytest.raises(ValueError, match=f'^{name}: got {got}, needs a dense tensor on one device$'):
+        causal_conv1d(**{**inputs, name: make(inputs[name])})
+
+
+def test_distributed_tensors(no_backend, distributed_tensor):
+    inputs = scan_inputs()
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f'^{name}: got a DTensor, needs a dense tensor on one device$'):
+            selective_scan(**{**inputs, name: distributed_tensor(inputs[name])})
+    with pytest.raises(ValueError, match='^x: got a DTensor, needs a dense tensor'):
+        causal_conv1d(distributed_tensor(torch.randn(1, 5, 4)), W)
+
+
+def test_backward_uses_the_backend_of_the_forward(monkeypatch):
+    """Whatever the choice would be by the time of the backward pass."""
+    ran = []
+    for name in ('eager', 'naive'):
+        kind = type(backends.BACKENDS[name])
+        for method in ('scan_forward', 'scan_backward', 'conv_forward', 'conv_backward'):
+            def run(self, *args, name=name, method=method, original=getattr(kind, method)):
+                ran.append((name, method))
+                return original(self, *args)
+            monkeypatch.setattr(kind, method, run)
+    monkeypatch.setattr(backends, 'PREFERENCE', {'cpu': ('eager',)})
+    inputs = {k: x.requires_grad_() for k, x in scan_inputs(length=3).items()}
+    out = causal_conv1d(selective_scan(**inputs), torch.ones(12, 4, requires_grad=True))
+    monkeypatch.setattr(backends, 'FORCED', 'naive')
+    monkeypatch.setattr(backends, 'PREFERENCE', {'cpu': ('naive',)})
+    out.sum().backward()
+    assert ran == [('eager', f'{op}_{way}') for op, way in (
+        ('scan', 'forward'), ('conv', 'forward'), ('conv', 'backward'), ('scan', 'backward'))]
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_states_are_saved_for_training_alone(monkeypatch, train):
+    saved = []
+    eager = type(backends.BACKENDS['eager'])
+    original = eager.scan_forward
+    monkeypatch.setattr(
+        eager, 'scan_forward', lambda self, call, save: saved.append(save) or original(self, call, save))
+    inputs = {k: x.requires_grad_(train) for k, x in scan_inputs(length=3).items()}
+    selective_scan(**inputs, backend='eager')
+    with torch.no_grad():
+        selective_scan(**inputs, backend='eager')
+    assert saved == [train, False]
+
+
+def test_save_false_is_kept():
+    """What was not saved cannot be differentiated, and nothing is saved behind the caller's back."""
+    lists = [[scan_inputs()[k].requires_grad_()] for k in ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')]
+    out, y, states = torch.ops.timm_ssm.selective_scan(
+        *lists, scan_inputs()['z'], True, [False], False, [False], False, '')
+    assert y.numel() == states.numel() == 0
+    with pytest.raises(RuntimeError, match='selective_scan: got save=False, needs save=True'):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_meta_is_shapes_alone(train):
+    """A whole model on the meta device: each op is one dispatch, however many tokens there are."""
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for size in (32, 512):
+        names = []
+        model = timm.create_model('videomamba_tiny_patch16_224', img_size=size, depth=2, device='meta').train(train)
+        with Count(), torch.set_grad_enabled(train):
+            out = model(torch.empty(1, 3, size, size, device='meta'))
+            if train:
+                out.sum().backward()
+        assert out.device.type == 'meta' and out.shape == (1, 1000)
+        assert names.count('timm_ssm::selective_scan') == 2
+        assert names.count('timm_ssm::selective_scan_backward') == (2 if train else 0)
+        counts.append(len(names))
+    assert counts[0] == counts[1]
+
+
 def test_forced_backend(monkeypatch):
     inputs = scan_inputs()
     monkeypatch.setattr(backends, 'FORCED', 'none such')
@@ -301,8 +489,7 @@ OPS = [
 
 
 @pytest.mark.parametrize('fn, make_args', OPS)
-def test_whoever_watches_sees_the_op(fn, make_args):
-    """Without gradients a kernel is called past the dispatcher, unless a mode or a profiler is there to see."""
+def test_modes_and_profilers_see_the_op(fn, make_args):
     args, name = make_args(), f'timm_ssm::{fn.__name__}'
     seen = []
 
