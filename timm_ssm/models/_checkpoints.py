@@ -90,6 +90,8 @@ def read_file(path: Union[str, Path]) -> Dict[str, Any]:
             'values only' if unsafe else 'it is no checkpoint, or damaged')) from e
     except Exception as e:  # what a damaged file makes the unpickler raise is of any kind
         reason = (str(e).splitlines() or [''])[0]
+        if 'weights_only' in reason:  # PyTorch advises to run the code in a file that is none of its own
+            reason = ''
         raise CheckpointError(
             f'{path}: it is no checkpoint, or damaged ({f"{type(e).__name__} {reason}".strip()})') from e
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
@@ -122,6 +124,8 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Checkpoint:
         raise CheckpointError(
             f'{path}: it holds no parameters, but {", ".join(map(str, list(content)[:5])) or "nothing"}')
     for k, v in state_dict.items():
+        if v.is_meta or v.layout is not torch.strided:
+            raise CheckpointError(f'{path}: {k} is {"without values" if v.is_meta else v.layout}, needs a dense tensor')
         # the sum, which is quicker, is finite for all but tensors of huge values
         if v.dtype in FLOATS and not v.sum().isfinite() and not v.isfinite().all():
             raise CheckpointError(f'{path}: {k} is not finite')
