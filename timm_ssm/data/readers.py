@@ -37,6 +37,7 @@ class ClipReader:
             numbered in their natural order.
     """
     decoder = 'pyav'  # see Video
+    separator = ' '  # of columns in lists
     cache: Optional[str] = None
 
     def __init__(self, names: Sequence[str], labels: Sequence[Union[int, str]], class_map: ClassMap = None):
@@ -53,6 +54,10 @@ class ClipReader:
 
     def name(self, row: int) -> str:
         return self.names[row]
+
+    def columns(self, row: int) -> List[str]:
+        """A row as a line of a list."""
+        return [self.name(row), str(self.label(row))]
 
     def duration(self, row: int) -> float:
         """Seconds that a video takes."""
@@ -138,6 +143,7 @@ class FolderReader(ClipReader):
 
 
 class _Line(NamedTuple):
+    columns: List[str]
     name: str
     label: str
     frames: Optional[int] = None  # of a folder of them
@@ -180,7 +186,7 @@ class ListReader(ClipReader):
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f'{self.path}: cannot be read as a list: {e}') from e
         first = text.lstrip().partition('\n')[0]
-        separator = next((s for s in '\t,' if s in first), ' ')
+        self.separator = separator = next((s for s in '\t,' if s in first), ' ')
         lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
         for number, columns in enumerate(lines, 1):
             columns = [c.strip() for c in columns if c.strip()]
@@ -201,15 +207,18 @@ class ListReader(ClipReader):
             frames = int(columns[1])
             if frames < 1:
                 raise ValueError
-            return _Line(columns[0], columns[-1], frames)
+            return _Line(columns, columns[0], columns[-1], frames)
         end = ends[0] if ends else 1
         name, label, rest = separator.join(columns[:end]), columns[end], columns[end + 1:]
         if separator == ' ' and not re.fullmatch(r'-?\d+', label):
-            return _Line(name, ' '.join([label, *rest]))  # the name of a class, in words
+            return _Line(columns, name, ' '.join([label, *rest]))  # the name of a class, in words
         try:
-            return _Line(name, label, duration=float(rest[0]))
+            return _Line(columns, name, label, duration=float(rest[0]))
         except (ValueError, IndexError):
-            return _Line(name, label)
+            return _Line(columns, name, label)
+
+    def columns(self, row: int) -> List[str]:
+        return self.lines[row].columns
 
     def duration(self, row: int) -> float:
         return self.lines[row].duration or super().duration(row)

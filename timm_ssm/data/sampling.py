@@ -169,6 +169,11 @@ class FrameSampler:
         return np.maximum(np.searchsorted(times, wanted + 1e-6, side='right') - 1, 0)
 
 
+def method_of_tag(tag: Optional[str]) -> str:
+    """How the clips of a pretrained tag, as 'k400' or 'ssv2_mask_ft', were sampled in its training."""
+    return 'ssv2' if tag and tag.startswith('ssv2') else 'sparse'
+
+
 def _spread(spare: float, clips: int) -> List[float]:
     """Where clips begin that are spread over what a video is longer than one; a single one is in the middle."""
     spare = max(spare, 0)

@@ -9,6 +9,8 @@ import torch
 import yaml
 from timm import utils
 
+from .clips import add_clip_flags
+
 # Flags of timm's train.py that are not supported here, with timm's defaults: a config file may hold these.
 UNSUPPORTED = {
     'task': 'classification', 'target-format': None, 'multilabel-threshold': 0.5, 'class-stats': None,
@@ -58,7 +60,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--pretrained', action='store_true', help='start from the released weights')
     add('--pretrained-path', metavar='FILE', help='start from this file as if it held the released weights')
     add('--pretrained-cfg-overlay', help='changes to the pretrained cfg', **kwargs)
-    add('--initial-checkpoint', default='', metavar='FILE', help='load this file into the finished model')
+    add('--initial-checkpoint', default='', metavar='FILE',
+        help='load this file, pretrained tag or hf-hub:owner/name into the finished model; images to clips too')
     add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
     add('--gp', metavar='POOL', help='global pooling')
     add('--img-size', type=int, metavar='N', help='image size')
@@ -170,6 +173,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--bce-sum', action='store_true', help='sum it over classes')
     add('--bce-target-thresh', type=float, metavar='T', help='threshold of soft targets')
     add('--bce-pos-weight', type=float, metavar='W', help='weight of positives')
+
+    add_clip_flags(parser, training=True)
 
     add = parser.add_argument_group('Distillation').add_argument
     add('--kd-model-name', metavar='NAME', help='teacher, loaded with its released weights')
@@ -309,7 +314,7 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         parser.error('--sched none: it is the schedule that applies --layer-decay')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the run to look for')
-    if uses_soft_targets(args) and args.batch_size % 2:
+    if uses_soft_targets(args) and args.batch_size * args.num_sample % 2:
         parser.error(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch')
     if args.aug_repeats and not utils.is_distributed_env():
         parser.error('--aug-repeats spreads an image over processes: it needs torchrun')

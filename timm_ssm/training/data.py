@@ -12,7 +12,9 @@ from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, re
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from ..data import ClipMixup
 from .arguments import uses_soft_targets
+from .clips import create_clip_loaders
 
 _logger = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ class TrainBatches:
         if self.mixup_fn is not None and self.args.mixup_off_epoch:
             self.mixup_fn.mixup_enabled = epoch < self.args.mixup_off_epoch
 
+        if hasattr(self.loader, 'skip_to'):
+            self.loader.skip_to(start)
         key = self.args.seed, self.args.rank, epoch
         seed_all(*key, 0)
         iterator = iter(self.loader)
@@ -126,8 +130,13 @@ class TrainBatches:
             if self.mixup_fn is not None and not self.mix_in_loader:
                 input, target = self.mixup_fn(input, target)
             if self.args.channels_last:
-                input = input.contiguous(memory_format=torch.channels_last)
+                input = channels_last(input)
             yield i, input, target
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Images or clips in the channels-last memory layout."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 class Data(NamedTuple):
@@ -138,10 +147,10 @@ class Data(NamedTuple):
     class_to_idx: Dict[str, int]  # empty where the dataset knows no names
 
 
-def create_mixup(args: argparse.Namespace) -> Optional[Mixup]:
+def create_mixup(args: argparse.Namespace, clips: bool = False) -> Optional[Mixup]:
     if not uses_soft_targets(args):
         return None
-    mixup_class = Mixup if args.no_prefetcher else FastCollateMixup
+    mixup_class = ClipMixup if clips else Mixup if args.no_prefetcher else FastCollateMixup
     return mixup_class(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
@@ -154,8 +163,17 @@ def create_mixup(args: argparse.Namespace) -> Optional[Mixup]:
     )
 
 
-def create_data(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Data:
-    """Datasets, loaders and mixup, as the arguments ask and the model's data config needs."""
+def create_data(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        clips: bool = False,
+) -> Data:
+    """Datasets, loaders and mixup, as the arguments ask and the model's data config needs; of images or clips."""
+    if clips:
+        train, eval = create_clip_loaders(args, data_config, device)
+        return Data(
+            TrainBatches(train, args, device, create_mixup(args, clips)), eval, None, train.dataset.reader.class_to_idx)
     dataset_train, dataset_eval = create_datasets(args, data_config['input_size'][0])
     mixup_fn = create_mixup(args)
     mix_in_loader = not args.no_prefetcher

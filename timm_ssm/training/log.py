@@ -22,7 +22,7 @@ def setup_logging(primary: bool = True) -> None:
     logging.getLogger('httpx').setLevel(logging.WARNING)  # the Hub's client
 
 
-def show_progress(batches: Iterable, num_batches: int, title: str, log_interval: int) -> Iterator:
+def show_progress(batches: Iterable, num_batches: int, title: str, log_interval: int, unit: str = 'img') -> Iterator:
     """Pass batches on, with a progress bar on a terminal and a line every `log_interval` batches elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm(batches, total=num_batches, desc=title, leave=False, unit='batch')
@@ -32,7 +32,7 @@ def show_progress(batches: Iterable, num_batches: int, title: str, log_interval:
         yield batch
         images += len(batch[1])
         if i % log_interval == 0 or i == num_batches:
-            _logger.info(f'{title} [{i:>4d}/{num_batches}]  {images / (time.perf_counter() - start):.1f} img/s')
+            _logger.info(f'{title} [{i:>4d}/{num_batches}]  {images / (time.perf_counter() - start):.1f} {unit}/s')
 
 
 class EpochLog:
@@ -44,7 +44,9 @@ class EpochLog:
         self.bar = tqdm(
             total=num_batches, initial=start, desc=f'Epoch {epoch}', unit='batch', leave=False,
             disable=not (utils.is_primary(args) and sys.stderr.isatty()))
+        self.unit = 'img' if args.num_frames in (None, 1) else 'clips'
         self.images = 0
+        self.waited = 0.  # seconds that the loop had no batch
         self.start = time.perf_counter()
 
     def __enter__(self) -> 'EpochLog':
@@ -53,15 +55,28 @@ class EpochLog:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
+    def wait_for(self, batches: Iterable) -> Iterator:
+        """Pass batches on, taking the time that it takes to get them."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     def count(self, images: int) -> None:
         self.images += images
         self.bar.update()
 
     def show(self, done: int, text: str) -> None:
+        seconds = time.perf_counter() - self.start
+        text += f'  data {self.waited / seconds:.0%}'  # much of it: the device waits for data
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            speed = self.images / (time.perf_counter() - self.start)
-            _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed:.1f} img/s')
+            speed = self.images / seconds
+            _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed:.1f} {self.unit}/s')
 
 
 class Summary:

@@ -77,7 +77,7 @@ class Trainer:
         task.train()
         optimizer.zero_grad()
         with EpochLog(args, start.epoch, num_batches, start.batch) as log:
-            for i, input, target in self.batches.epoch(start.epoch, start.batch):
+            for i, input, target in log.wait_for(self.batches.epoch(start.epoch, start.batch)):
                 done = i + 1
                 update = done % accum == 0 or done == num_batches
                 # the last update of an epoch may have fewer batches

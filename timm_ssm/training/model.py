@@ -1,24 +1,30 @@
 """The model that the arguments of training or validation describe."""
 import argparse
 import logging
+import os
+import re
+import sys
 from typing import Any, Dict
 
 import torch
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
+from timm.models import create_model, get_pretrained_cfg, is_model, load_state_dict, parse_model_name
 from torch import nn
 
 _logger = logging.getLogger(__name__)
 
 
 def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
-    """Constructor arguments that give the model the image size and channels asked for.
+    """Constructor arguments that give the model the image size, channels and frames asked for.
 
     Size and channels may be asked for by `--input-size`, by `--img-size` and `--in-chans`, or in `--model-kwargs`. The
     first two only set the size of the images in timm; a model built for one size needs to know it too, and the images
     need to know the size in `--model-kwargs`. On return `args.input_size`, `img_size` and `in_chans` agree with it.
     """
     kwargs = dict(args.model_kwargs)
+    frames_by_name = re.search(r'_f(\d+)_', args.model)
+    if args.num_frames not in (None, int(frames_by_name[1]) if frames_by_name else 1):
+        kwargs['num_frames'] = args.num_frames
     if args.input_size:
         in_chans, *size = args.input_size
     else:
@@ -33,6 +39,34 @@ def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
         if cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault('img_size', tuple(size))
     return kwargs
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Put the weights of a model of images or clips into the channels-last memory layout."""
+    clips = any(p.ndim == 5 for p in model.parameters())
+    model.to(memory_format=torch.channels_last_3d if clips else torch.channels_last)
+
+
+def load_initial(model: nn.Module, source: str) -> None:
+    """Load weights into a finished model, those for images into one for clips too.
+
+    Args:
+        model: The model.
+        source: A checkpoint, a pretrained tag, or 'hf-hub:owner/name'.
+    """
+    if os.path.exists(source):
+        state_dict = load_state_dict(source)
+    elif parse_model_name(source)[0] or is_model(source):
+        state_dict = create_model(source, pretrained=True).state_dict()
+    else:
+        sys.exit(f'--initial-checkpoint {source}: no such file, and no model of this name')
+    # models of this package fit weights of other sizes, and of images to clips
+    family = sys.modules[type(model).__module__]
+    filter_fn = getattr(family, 'checkpoint_filter_fn', None) if family.__name__.startswith('timm_ssm.') else None
+    try:
+        model.load_state_dict(filter_fn(state_dict, model) if filter_fn else state_dict)
+    except (RuntimeError, ValueError) as e:
+        sys.exit(f'--initial-checkpoint {source}: {e}; --pretrained-path gives the model a new head')
 
 
 def build_model(args: argparse.Namespace, device: torch.device, load_weights: bool = True) -> nn.Module:
@@ -52,7 +86,6 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
         args.model,
         pretrained=load_weights and bool(args.pretrained or args.pretrained_path),
         pretrained_cfg_overlay=overlay or None,
-        checkpoint_path=args.initial_checkpoint if load_weights else '',
         num_classes=args.num_classes,
         global_pool=args.gp,
         drop_rate=args.drop,
@@ -62,6 +95,8 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
         bn_eps=args.bn_eps,
         **resolve_input(args),
     )
+    if load_weights and args.initial_checkpoint:
+        load_initial(model, args.initial_checkpoint)
     args.num_classes = model.num_classes
     with torch.no_grad():
         if args.head_init_scale is not None:
@@ -73,7 +108,7 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
         model.set_grad_checkpointing()
     model.to(device)
     if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')

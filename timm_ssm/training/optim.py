@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of a module's parameters; sets `args.lr` by the global batch size where it is not given."""
     if not args.lr:
-        batch_size = args.batch_size * args.world_size * args.grad_accum_steps
+        batch_size = args.batch_size * args.num_sample * args.world_size * args.grad_accum_steps
         adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
         power = 0.5 if (args.lr_base_scale or ('sqrt' if adaptive else 'linear')) == 'sqrt' else 1.
         args.lr = args.lr_base * (batch_size / args.lr_base_size) ** power

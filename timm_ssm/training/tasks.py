@@ -39,6 +39,17 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
 
 def create_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
     """Classification of the labels, or also distillation from the outputs, features or tokens of a teacher."""
+    task = _create_task(args, model, device)
+    if args.num_frames not in (None, 1):
+        for name, buffer in list(task.named_buffers()):
+            # by these timm normalises what a teacher sees; of a clip (B, C, T, H, W), as they are, the wrong axis
+            owner, _, kind = name.rpartition('.')
+            if kind in ('mean_kd', 'std_kd', 'student_mean', 'student_std'):
+                setattr(task.get_submodule(owner), kind, buffer.unsqueeze(2))
+    return task
+
+
+def _create_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
     kwargs = dict(criterion=create_loss(args).to(device), device=device, verbose=utils.is_primary(args))
     if args.kd_model_name is None:
         return ClassificationTask(model, **kwargs)

@@ -16,8 +16,10 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
+from ..data import ClipError, ClipLoader, TooManyBadClips
 from .arguments import parse_args
 from .checkpoints import Checkpoints
+from .clips import evaluate_clips, resolve_clips
 from .data import Data, create_data, resolve_data, seed_all
 from .evaluation import evaluate
 from .log import RunLog, setup_logging, show_progress
@@ -45,7 +47,7 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
     model = build_model(args, device, load_weights=resume is None)
     data_config = resolve_data(args, model)
     model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])  # teachers go by these
-    data = create_data(args, data_config, device)
+    data = create_data(args, data_config, device, resolve_clips(args, model))
 
     task = create_task(args, model, device)
     optimizer = create_optimizer(args, task.get_trainable_module())
@@ -89,6 +91,8 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
                 checkpoints.save(trainer.state(epoch), metric)
                 if progress.epoch in args.save_epochs:
                     checkpoints.copy_last(f'milestone-{progress.epoch}')
+    except (ClipError, TooManyBadClips) as e:
+        sys.exit(f'Training stopped: {e}')
     except NotFinite as e:
         last_good = checkpoints.latest()
         sys.exit(1 if not primary else (
@@ -126,7 +130,14 @@ def validate(args: argparse.Namespace, trainer: Trainer, model: nn.Module, data:
     """Validate the model, and then, for the metrics to go by, the average of its weights if there is one."""
 
     def measure(model: nn.Module) -> Dict[str, float]:
-        batches = show_progress(data.eval, len(data.eval), 'Validation', args.log_interval)
+        clips = isinstance(data.eval, ClipLoader)
+        batches = show_progress(
+            data.eval, len(data.eval), 'Validation', args.log_interval, 'clips' if clips else 'img')
+        if clips:
+            metrics = evaluate_clips(
+                model, batches, data.eval.dataset.reader, trainer.task.device, trainer.autocast,
+                args.validation_batch_size or args.batch_size, args.distributed).metrics()
+            return {name: metrics[name] for name in ('loss', 'top1', 'top5', 'missing')}
         return evaluate(
             model, batches, trainer.task.device, trainer.autocast, args.channels_last, data.eval_samples,
             args.distributed)

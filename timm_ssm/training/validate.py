@@ -1,4 +1,4 @@
-"""Validation of models on an image dataset, with the flags of timm's validate.py."""
+"""Validation of models on images or videos, with the flags of timm's validate.py."""
 import argparse
 import csv
 import glob
@@ -13,14 +13,25 @@ from timm import utils
 from timm.data import create_dataset, create_loader
 from timm.layers import set_fast_norm
 from timm.models import create_model, is_model, list_models, load_checkpoint, parse_model_name
+from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
 from .arguments import check_folder, refuse_unsupported, resolve_device
-from .data import dataset_kwargs, resolve_data
+from .clips import (
+    TRAINED_WITH,
+    add_clip_flags,
+    check_classes,
+    create_eval_loader,
+    create_reader,
+    evaluate_clips,
+    known_classes,
+    resolve_clips,
+)
+from .data import channels_last, dataset_kwargs, resolve_data
 from .evaluation import evaluate
 from .log import setup_logging, show_progress
-from .model import resolve_input
+from .model import resolve_input, to_channels_last
 from .optim import create_autocast
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +48,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         usage='%(prog)s [DATA] [--model NAME ...] [--checkpoint PATH] [flags]',
-        description='Measure the accuracy of models on an image dataset.',
+        description='Measure the accuracy of models on images or videos.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -74,6 +85,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--interpolation', metavar='NAME', help='bilinear, bicubic, ...')
     add('--gp', metavar='POOL', help='global pooling')
     add('--model-kwargs', nargs='*', action=utils.ParseKwargs, metavar='K=V', help="the model's constructor arguments")
+
+    add_clip_flags(parser, training=False)
 
     group = parser.add_argument_group('Running')
     add = group.add_argument
@@ -120,7 +133,8 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         if args.img_size is None and args.input_size is None:
             args.input_size = trained.get('input_size')
             args.img_size = trained.get('img_size')
-        for key in ('num_classes', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation', 'gp', 'model_kwargs'):
+        keys = ('num_classes', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation', 'gp', 'model_kwargs')
+        for key in (*keys, *TRAINED_WITH):
             if getattr(args, key) is None:
                 setattr(args, key, trained.get(key))
     args.model_kwargs = args.model_kwargs or {}
@@ -144,10 +158,12 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
 
     model.to(device)
     if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
 
+    if resolve_clips(args, model):
+        return validate_clips(args, model, param_count, data_config, device)
     dataset = create_dataset(
         args.dataset, split=args.split, num_samples=args.num_samples,
         **dataset_kwargs(args, data_config['input_size'][0]))
@@ -165,6 +181,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         persistent_workers=False,
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
+        distributed=args.distributed,
         device=device,
     )
     metrics = evaluate(
@@ -173,7 +190,20 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         device,
         create_autocast(args),
         channels_last=args.channels_last,
+        num_samples=len(range(args.rank, len(dataset), args.world_size)) if args.distributed else None,
+        distributed=args.distributed,
     )
+    return describe(args, param_count, data_config, metrics, interpolation=data_config['interpolation'])
+
+
+def describe(
+        args: argparse.Namespace,
+        param_count: int,
+        data_config: Dict[str, Any],
+        metrics: Dict[str, Any],
+        **kwargs,
+) -> Dict[str, Any]:
+    """A row of results, in timm's columns."""
     return dict(
         model=args.model,
         **({'checkpoint': args.checkpoint} if args.checkpoint else {}),
@@ -185,7 +215,50 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         param_count=round(param_count / 1e6, 2),
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
+        **kwargs,
+    )
+
+
+def validate_clips(
+        args: argparse.Namespace,
+        model: nn.Module,
+        param_count: int,
+        data_config: Dict[str, Any],
+        device: torch.device,
+) -> Dict[str, Any]:
+    """`validate` on videos."""
+    reader = create_reader(args, args.split, known_classes(args, model))
+    check_classes(reader, model.num_classes)
+    loader = create_eval_loader(args, reader, data_config, device, args.batch_size)
+    batches = show_progress(loader, len(loader), args.model, args.log_freq, 'clips')
+    if args.channels_last:
+        batches = ((channels_last(input), tags) for input, tags in batches)
+    videos = evaluate_clips(
+        model, batches, reader, device, create_autocast(args), args.batch_size, args.distributed,
+        args.merge_by == 'name')
+    metrics = videos.metrics()
+    views = loader.dataset.num_views
+    if args.primary:
+        if args.scores_file:
+            videos.save(args.scores_file)
+        for view, (top1, top5) in enumerate(zip(metrics['view_top1'], metrics['view_top5'])):
+            clip, crop = divmod(view, loader.dataset.transform.crops or 1)
+            _logger.info(f'Clip {clip}, crop {crop}: top-1 {top1:.3f}  top-5 {top5:.3f}')
+        if metrics['missing']:
+            _logger.warning(
+                f'{metrics["missing"]} of {metrics["videos"]} videos could not be read and count as wrong; of the '
+                f'others top-1 {metrics["top1_read"]:.3f}, top-5 {metrics["top5_read"]:.3f}')
+    return describe(
+        args, param_count, data_config, metrics,
+        num_frames=args.num_frames,
+        clip_sampling=args.clip_sampling,
+        views=views,
+        top1_view=round(sum(metrics['view_top1']) / len(metrics['view_top1']), 4),
+        top5_view=round(sum(metrics['view_top5']) / len(metrics['view_top5']), 4),
+        videos=metrics['videos'],
+        missing=metrics['missing'],
+        top1_read=round(metrics['top1_read'], 4),
+        top5_read=round(metrics['top5_read'], 4),
     )
 
 
@@ -201,7 +274,7 @@ def validate_within_memory(args: argparse.Namespace) -> Dict[str, Any]:
             return validate(argparse.Namespace(**{**vars(args), 'batch_size': batch_size}))
         except (RuntimeError, MemoryError) as e:
             smaller = utils.decay_batch_step(batch_size)
-            if not (ran_out_of_memory(e) and smaller):
+            if not (ran_out_of_memory(e) and smaller) or args.distributed:
                 raise
             _logger.warning(f'Out of memory with batches of {batch_size}; trying {smaller}.')
             batch_size = smaller
@@ -256,8 +329,13 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[D
     args.data_dir = args.data_dir or args.data
     check_folder(args.data_dir, args.dataset)
     args.device = resolve_device(args.device)
+    args.device = str(utils.init_distributed_device(args))
+    args.primary = utils.is_primary(args)
+    setup_logging(args.primary)
 
     jobs = find_models(args)
+    if args.scores_file and len(jobs) > 1:
+        parser.error(f'--scores-file: got {len(jobs)} models, needs one')
     results, failed = [], []
     for job in jobs:
         try:
@@ -272,10 +350,13 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[D
     for r in results:
         if 'error' not in r:
             _logger.info(f" * Acc@1 {r['top1']:.3f} Acc@5 {r['top5']:.3f}  {r.get('checkpoint') or r['model']}")
-    if args.results_file:
+    if args.results_file and args.primary:
         write_results(args.results_file, results, args.results_format)
     # as timm's script ends, for the tools that read it there
-    print(f'--result\n{json.dumps(results if len(jobs) > 1 else results[0], indent=4)}')
+    if args.primary:
+        print(f'--result\n{json.dumps(results if len(jobs) > 1 else results[0], indent=4)}')
+    if args.distributed:
+        torch.distributed.destroy_process_group()
     if failed:
         sys.exit(f'{len(failed)} of {len(jobs)} models failed')
     return results
