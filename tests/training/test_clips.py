@@ -283,7 +283,7 @@ def test_log_shows_how_long_the_loop_waits_for_data(videos, tmp_path, caplog, mo
     monkeypatch.setattr(decode.Video, 'read', lambda self, *args: time.sleep(.2) or real(self, *args))
     run(videos, tmp_path, '--epochs', 1, '--log-interval', 1)
     import re
-    shares = [int(m[1]) for r in caplog.records if (m := re.search(r'data (\d+)%.* clips/s', r.getMessage()))]
+    shares = [int(m[1]) for r in caplog.records if (m := re.search(r' clips/s  data (\d+)%', r.getMessage()))]
     assert len(shares) == 3 and shares[-1] > 50
 
 

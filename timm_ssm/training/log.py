@@ -72,11 +72,11 @@ class EpochLog:
 
     def show(self, done: int, text: str) -> None:
         seconds = time.perf_counter() - self.start
-        text += f'  data {self.waited / seconds:.0%}'  # much of it: the device waits for data
-        self.bar.set_postfix_str(text)
+        waiting = f'data {self.waited / seconds:.0%}'  # where this is much, the device waits for data
+        self.bar.set_postfix_str(f'{text}  {waiting}')
         if self.bar.disable:
-            speed = self.images / seconds
-            _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed:.1f} {self.unit}/s')
+            speed = f'{self.images / seconds:.1f} {self.unit}/s'
+            _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed}  {waiting}')
 
 
 class Summary:
