@@ -73,6 +73,24 @@ def _classify(args: argparse.Namespace) -> int:
     return int(failures > 0)
 
 
+def _check_videos(args: argparse.Namespace) -> int:
+    from .data import create_clip_reader
+    from .data.check import check_videos, list_names, write_lists
+
+    reader = create_clip_reader(
+        args.dataset, args.data, args.split, class_map=args.class_map, video_root=args.video_root,
+        frame_name=args.frame_name)
+    reasons = check_videos(reader, args.workers)
+    good, bad = (given or name for given, name in zip((args.good, args.bad), list_names(args.data)))
+    write_lists(reader, reasons, good, bad)
+    for row, reason in enumerate(reasons):
+        if reason:
+            print(f'{reader.name(row)}: {reason}')
+    count = sum(map(bool, reasons))
+    print(f'{count} of {len(reader)} videos cannot be read; the others are in {good}, these in {bad}')
+    return int(count > 0)
+
+
 def _env(args: argparse.Namespace) -> None:
     from . import env
 
@@ -117,6 +135,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--batch-size', type=_positive, default=16, metavar='N', help='images at once (default: 16)')
     p.add_argument('--device', default='cpu', help='device (default: cpu)')
     p.add_argument('--json', action='store_true', help='print JSON')
+
+    p = command('check-videos', _check_videos, 'decode all videos of a list or folder, to find the unreadable ones')
+    p.add_argument('data', help='list file, or folder of videos by class, or of shards')
+    p.add_argument('--dataset', default='', metavar='KIND', help='video-list, ... (default: what is there)')
+    p.add_argument('--split', default='train', help='split, where DATA has several (default: train)')
+    p.add_argument('--class-map', metavar='FILE', help='text file of class names in order')
+    p.add_argument('--video-root', metavar='DIR', help='what paths in a list are relative to')
+    p.add_argument('--frame-name', default='img_{:05}.jpg', metavar='PATTERN', help='files in folders of frames')
+    p.add_argument('-j', '--workers', type=int, default=os.cpu_count(), metavar='N', help='processes')
+    p.add_argument('--good', metavar='FILE', help='list to write of what can be read (default: beside DATA)')
+    p.add_argument('--bad', metavar='FILE', help='list to write of what cannot, with reasons (default: beside DATA)')
 
     # these parse their own flags, see main
     command('train', None, 'train a model, as train.py does')
