@@ -7,12 +7,13 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test timm-suite lint sanitize gpu
+.PHONY: help demo test timm-suite lint types sanitize gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
 	@echo 'make lint   check the style'
 	@echo 'make sanitize   run the tests of the CPU kernels with address and undefined-behaviour sanitizers (minutes)'
+	@echo 'make types  check the types of what the package offers'
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'make gpu    on a machine with a GPU: test the ops there, then time them (benchmarks/results)'
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
@@ -57,6 +58,9 @@ sanitize: $(VENV)/installed
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/ops -k native
+
+types: $(VENV)/installed
+	$(BIN)/mypy
 
 gpu: $(VENV)/installed
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a GPU that PyTorch can use"'
