@@ -7,10 +7,11 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test timm-suite lint types sanitize gpu
+.PHONY: help demo test fuzz timm-suite lint types sanitize gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
+	@echo 'make fuzz SECONDS=600   try random arguments, files and flags for so long, and count them'
 	@echo 'make lint   check the style'
 	@echo 'make sanitize   run the tests of the CPU kernels with address and undefined-behaviour sanitizers (minutes)'
 	@echo 'make types  check the types of what the package offers'
@@ -38,6 +39,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+SECONDS ?= 600
+fuzz: $(VENV)/installed
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest --timeout 0 tests/fuzz
 
 timm-suite: $(VENV)/installed
 	$(BIN)/python tests/timm_suite.py $(MODELS)

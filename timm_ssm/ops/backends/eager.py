@@ -36,7 +36,7 @@ class Eager(Backend):
         if call.z is None:
             return out.to(dtype), None, states
         y = out.to(dtype) if save else None
-        return (out * F.silu(call.z.to(out.dtype))).to(dtype), y, states
+        return (out * F.silu(call.z.to(out.dtype))).to(dtype).contiguous(), y, states
 
     def scan_backward(
             self,
@@ -52,13 +52,13 @@ class Eager(Backend):
         if call.z is not None:
             z = call.z.to(acc)
             gate = torch.sigmoid(z)
-            dz = (dy * y.to(acc) * gate * (1 + z * (1 - gate))).to(grad_out.dtype)
+            dz = (dy * y.to(acc) * gate * (1 + z * (1 - gate))).to(grad_out.dtype).contiguous()
             dy = dy * z * gate
         return [_direction_backward(_Direction(call, i), dy, states[i]) for i in range(len(call.u))], dz
 
     def conv_forward(self, call: ConvCall) -> List[torch.Tensor]:
         outs = [_convolve(call, i) for i in range(len(call.weight))]
-        return [(F.silu(y) if call.silu else y).to(call.x.dtype) for y in outs]
+        return [(F.silu(y) if call.silu else y).to(call.x.dtype).contiguous() for y in outs]
 
     def conv_backward(self, call: ConvCall, grad_outs: List[torch.Tensor]) -> ConvGradients:
         acc = acc_dtype(call.x.dtype)

@@ -55,11 +55,14 @@ def _scan(call: ScanCall) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         for i, reverse in enumerate(call.reverse))
     if call.z is None:
         return y.to(dtype), None
-    return (y * torch.nn.functional.silu(call.z.to(acc))).to(dtype), y.to(dtype)
+    return (y * torch.nn.functional.silu(call.z.to(acc))).to(dtype).contiguous(), y.to(dtype)
 
 
 def _gradients(outs, leaves, grad_outs) -> List[Optional[torch.Tensor]]:
     """Contiguous gradients of those leaves that are not None."""
-    grads = iter(torch.autograd.grad(
-        outs, [x for x in leaves if x is not None], grad_outs, allow_unused=True, materialize_grads=True))
+    given = [x for x in leaves if x is not None]
+    if outs[0].requires_grad:
+        grads = iter(torch.autograd.grad(outs, given, grad_outs, allow_unused=True, materialize_grads=True))
+    else:  # an empty loop over tokens
+        grads = iter([torch.zeros_like(x) for x in given])
     return [None if x is None else next(grads).contiguous() for x in leaves]
