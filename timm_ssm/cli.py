@@ -1,4 +1,4 @@
-"""`timm-ssm`: models, checkpoints and images from the command line."""
+"""`timm-ssm`: models, checkpoints, images and videos from the command line."""
 import argparse
 import importlib
 import json
@@ -55,15 +55,15 @@ def _push(args: argparse.Namespace) -> None:
 def _classify(args: argparse.Namespace) -> int:
     from .hub import classify
 
-    sources = classify.find_images(args.image)
     model = classify.load_model(args.model, args.device)
+    sources = classify.find_files(model, args.source)
     results, failures = [], 0
     for source, top in classify.classify(model, sources, args.topk, args.batch_size):
         if isinstance(top, ValueError):
             failures += 1
             print(f'timm-ssm classify: {top}', file=sys.stderr)
         elif args.json:
-            results.append(dict(image=source, classes=top))
+            results.append({classify.takes(model): source, 'classes': top})
         else:
             print(source)
             for row in top:
@@ -128,11 +128,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--message', help='commit message')
     p.add_argument('--dry-run', action='store_true', help='check the folder and say what would be uploaded')
 
-    p = command('classify', _classify, 'name the likeliest classes of images')
-    p.add_argument('image', nargs='+', help='files, folders, URLs')
+    p = command('classify', _classify, 'name the likeliest classes of images, or of videos')
+    p.add_argument('source', nargs='+', help='files, folders, URLs: of videos if the model takes clips')
     p.add_argument('--model', required=True, help="pretrained tag, 'hf-hub:owner/name', or a converted folder")
     p.add_argument('--topk', type=_positive, default=5, metavar='N', help='classes to print (default: 5)')
-    p.add_argument('--batch-size', type=_positive, default=16, metavar='N', help='images at once (default: 16)')
+    p.add_argument('--batch-size', type=_positive, default=16, metavar='N', help='inputs at once (default: 16)')
     p.add_argument('--device', default='cpu', help='device (default: cpu)')
     p.add_argument('--json', action='store_true', help='print JSON')
 

@@ -209,6 +209,15 @@ def test_videos_outside_of_class_folders_are_refused(tmp_path, videos):
         create_clip_reader('', str(tmp_path), 'train')
 
 
+def test_names_of_a_dataset_get_the_indices_of_its_released_models(tmp_path):
+    (tmp_path / 'val.txt').write_text('a.mp4 Abseiling\nb.mp4 playing_badminton\nc.mp4 riding a bike\n')
+    reader = ListReader(str(tmp_path / 'val.txt'), class_map='k400')
+    assert reader.labels == [341, 399, 0]  # by no means alphabetical
+    assert len(reader.class_to_idx) == 400
+    (tmp_path / 'val.txt').write_text('a.mp4 341\n')
+    assert ListReader(str(tmp_path / 'val.txt'), class_map='k400').labels == [341]
+
+
 def test_names_match_whatever_their_spelling():
     known = {'Pushing [something] from left to right': 0, 'petting animal (not cat)': 1}
     found, _ = index_labels(['petting_animal_(not_cat)', 'pushing something from left to right'], known)

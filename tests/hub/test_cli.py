@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from timm_ssm.cli import main
-from timm_ssm.hub import classify
+from timm_ssm.data import EvalTransform, FrameSampler, Video
 from timm_ssm.zoo import cards, registry
+from timm_ssm.zoo.datasets import class_names
 
+from ..data.videos import write_video
 from .utils import Terminal
 
 NAME = 'videomamba_tiny_patch16_224'
@@ -28,6 +30,18 @@ def save_model(folder, label_names=None, **kwargs):
         model.head.weight.mul_(50)  # so that the classes differ
     folder.mkdir()
     (folder / 'config.json').write_text(cards.to_json(cards.model_config(NAME, model, args, label_names)))
+    save_file(model.state_dict(), folder / 'model.safetensors')
+    return model
+
+
+def save_clip_model(folder, **kwargs):
+    torch.manual_seed(0)
+    args, name = dict(depth=1, embed_dim=48, img_size=32, **kwargs), 'videomamba_tiny_patch16_f8_224.k400'
+    model = timm.create_model(name, **args).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(50)
+    folder.mkdir()
+    (folder / 'config.json').write_text(cards.to_json(cards.model_config(name, model, args)))
     save_file(model.state_dict(), folder / 'model.safetensors')
     return model
 
@@ -116,14 +130,41 @@ class TestClassify:
 
     def test_empty_folder(self, tmp_path, capsys):
         (tmp_path / 'empty').mkdir()
-        assert main(['classify', str(tmp_path / 'empty'), '--model', NAME]) == 1
+        save_model(tmp_path / 'model', num_classes=7)
+        assert main(['classify', str(tmp_path / 'empty'), '--model', str(tmp_path / 'model')]) == 1
         assert f'there are no images in {tmp_path}/empty' in capsys.readouterr().err
 
-    def test_clip_model(self, tmp_path, images, capsys, monkeypatch):
-        clips = timm.create_model(NAME, num_frames=2, depth=1, device='meta')
-        monkeypatch.setattr(classify.timm, 'create_model', lambda *args, **kwargs: clips)
-        with pytest.raises(ValueError, match='takes clips of 2 frames'):
-            classify.load_model('clips', 'meta')
+    def test_videos(self, hub, tmp_path, images, capsys):
+        """The clip that a model is validated on, by any way in; names are the released ones, by index."""
+        frames, folder = 4, tmp_path / 'videos'
+        folder.mkdir()
+        for i in range(2):
+            write_video(folder / f'{i}.mp4', num_frames=30, height=40, width=60, seed=i)
+        (folder / 'bad.mkv').write_bytes(b'no video')
+        model = save_clip_model(tmp_path / 'model', num_frames=frames)
+        url = f'{hub.url}/me/videos/resolve/main/0.mp4'
+        hub.add('me/videos', {'0.mp4': (folder / '0.mp4').read_bytes()})
+        args = ['--model', str(tmp_path / 'model'), '--topk', '3']
+        assert main(['classify', str(folder), str(images / 'a.png'), url, *args, '--json']) == 1
+        out, err = capsys.readouterr()
+        results = json.loads(out)
+        paths = [str(path) for path in (folder / '0.mp4', folder / '1.mp4', images / 'a.png', url)]
+        assert [r['video'] for r in results] == paths
+        assert f'video: cannot open {folder}/bad.mkv' in err
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1, 1) for k in ('mean', 'std'))
+        for i in range(2):
+            # a middle frame of each quarter, the short side is 32 already
+            frame = Video(str(folder / f'{i}.mp4'), cache='').read(FrameSampler(frames).val(30))
+            view = EvalTransform(32)(frame)[0].transpose(0, 1)
+            with torch.no_grad():
+                top = model(((view / 255 - mean) / std)[None]).softmax(-1)[0].topk(3)
+            assert [c['index'] for c in results[i]['classes']] == top.indices.tolist()
+            assert [c['name'] for c in results[i]['classes']] == [class_names('k400')[i] for i in top.indices]
+        assert results[3]['classes'] == results[0]['classes']
+        assert main(['classify', str(folder / '1.mp4'), *args]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 4
+        assert main(['classify', str(tmp_path / 'images'), *args]) == 1
+        assert f'there are no videos in {images}' in capsys.readouterr().err
 
     def test_unknown_model(self, images, capsys):
         assert main(['classify', str(images), '--model', 'nonsense']) == 1

@@ -264,6 +264,23 @@ def test_lists_with_names_of_classes(videos, tmp_path):
     assert np.load(tmp_path / 's.npz')['labels'].tolist() == [1]
 
 
+def test_folders_get_the_classes_of_the_released_head(videos, tmp_path):
+    """Kinetics' order, not that of the alphabet."""
+    for old, new in (('a', 'riding_a_bike'), ('b', 'Abseiling')):
+        shutil.copytree(videos / 'validation' / old, tmp_path / 'validation' / new)
+    model = timm.create_model('videomamba_tiny_patch16_f8_224.k400', **SMALL, num_frames=4, img_size=32)
+    save_for_hf(model, str(tmp_path / 'model'), model_args=dict(SMALL, num_frames=4, img_size=32))
+    measure(tmp_path, '--model', f'local-dir:{tmp_path}/model', '--scores-file', tmp_path / 's.npz')
+    file = np.load(tmp_path / 's.npz')
+    assert file['scores'].shape == (5, 400)
+    assert dict(zip(file['names'].tolist(), file['labels'].tolist())) == {
+        'riding_a_bike/0.mp4': 0, 'riding_a_bike/1.mp4': 0, 'riding_a_bike/2.mp4': 0,
+        'Abseiling/0.mp4': 341, 'Abseiling/1.mp4': 341}
+    (tmp_path / 'validation/Abseiling').rename(tmp_path / 'validation/juggling')
+    with pytest.raises(ValueError, match="got label 'juggling', needs one of the 400 classes"):
+        measure(tmp_path, '--model', f'local-dir:{tmp_path}/model')
+
+
 def test_flips_are_off_where_classes_tell_left_from_right(videos, tmp_path, caplog):
     copy = shutil.copytree(videos, tmp_path / 'copy')
     for split in ('train', 'validation'):

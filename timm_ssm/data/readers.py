@@ -16,6 +16,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import natural_key
 
+from ..zoo.datasets import class_names
 from .decode import FrameFolder, Video
 
 VIDEO_SUFFIXES = (
@@ -33,8 +34,8 @@ class ClipReader:
     Args:
         names: What scores and messages call the video of each row.
         labels: Class of each row, as a number or by name.
-        class_map: Index of each class by its name, as a dict or as timm's files of them; without one, names are
-            numbered in their natural order.
+        class_map: Index of each class by its name, as a dict, as timm's files of them, or 'k400' and its like for the
+            order of the released models; without one, names are numbered in their natural order.
     """
     decoder = 'pyav'  # see Video
     separator = ' '  # of columns in lists
@@ -114,13 +115,18 @@ def index_labels(
 
 
 def read_class_map(class_map: Union[str, Dict[str, int]]) -> Dict[str, int]:
-    """Index by class name, from a dict, a text file of names in order, or a pickled dict."""
+    """Index by class name, from a dict, a text file of names in order, a pickled dict, or for the released models of a
+    dataset ('k400', ...)."""
     if isinstance(class_map, dict):
         return class_map
-    if not os.path.exists(class_map) or not class_map.endswith(('.txt', '.pkl')):
+    if os.path.exists(class_map) and class_map.endswith(('.txt', '.pkl')):
+        return load_class_map(class_map)
+    try:
+        return {name: i for i, name in enumerate(class_names(class_map))}
+    except ValueError as e:
         raise ValueError(
-            f'class_map: got {class_map!r}, needs a .txt file with a class name a line, or a .pkl file of a dict')
-    return load_class_map(class_map)
+            f'class_map: got {class_map!r}, needs a .txt file with a class name a line, a .pkl file of a dict, or a '
+            f'dataset whose classes are known ({e})') from None
 
 
 class FolderReader(ClipReader):

@@ -1,8 +1,8 @@
-"""Images to class names and probabilities."""
+"""Images and videos to class names and probabilities."""
 import io
 import urllib.request
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import timm
 import torch
@@ -14,6 +14,10 @@ from tqdm import tqdm
 
 import timm_ssm  # noqa: F401  registers the models
 
+from ..data import ClipError, EvalTransform, FrameSampler, Video
+from ..data.decode import check_decoder
+from ..data.readers import VIDEO_SUFFIXES
+from ..data.sampling import method_of_tag
 from ..models._checkpoints import read_checkpoint
 from ..zoo.datasets import tag_class_names
 from ..zoo.registry import num_frames
@@ -21,7 +25,7 @@ from .checkpoints import rebuild
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
-    """A model for images with its weights.
+    """A model for images or clips, with its weights.
 
     Args:
         name: Pretrained tag, 'hf-hub:owner/name', a folder that `timm-ssm convert` wrote, or a checkpoint of training.
@@ -32,8 +36,6 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
         model = rebuild(read_checkpoint(path))
     else:
         model = timm.create_model(f'local-dir:{path}' if path.is_dir() else name, pretrained=True)
-    if num_frames(model) > 1:
-        raise ValueError(f'model: {name} takes clips of {num_frames(model)} frames, needs one that takes images')
     return model.eval().to(device)
 
 
@@ -52,19 +54,31 @@ def class_names(model: nn.Module) -> List[str]:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def find_images(sources: List[str]) -> List[str]:
-    """Files and URLs as they are, folders as the images in them, in order."""
-    suffixes = get_img_extensions()
+def takes(model: nn.Module) -> str:
+    """What a model classifies, 'image' or 'video'."""
+    return 'video' if num_frames(model) > 1 else 'image'
+
+
+def find_files(model: nn.Module, sources: List[str]) -> List[str]:
+    """Files and URLs as they are, folders as the images or videos in them, in order."""
+    kind = takes(model)
+    suffixes = get_img_extensions() if kind == 'image' else VIDEO_SUFFIXES
     found = []
     for source in sources:
         if not source.startswith(('http://', 'https://')) and Path(source).is_dir():
-            images = sorted(str(p) for p in Path(source).rglob('*') if p.suffix.lower() in suffixes)
-            if not images:
-                raise ValueError(f'image: there are no images in {source}')
-            found += images
+            files = sorted(str(p) for p in Path(source).rglob('*') if p.suffix.lower() in suffixes)
+            if not files:
+                raise ValueError(f'{kind}: there are no {kind}s in {source}')
+            found += files
         else:
             found.append(source)
     return found
+
+
+def fetch(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={'User-Agent': 'timm-ssm'})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return reply.read()
 
 
 def open_image(source: str, mode: str = 'RGB') -> Image.Image:
@@ -75,13 +89,37 @@ def open_image(source: str, mode: str = 'RGB') -> Image.Image:
     """
     try:
         if source.startswith(('http://', 'https://')):
-            request = urllib.request.Request(source, headers={'User-Agent': 'timm-ssm'})
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                return Image.open(io.BytesIO(reply.read())).convert(mode)
+            return Image.open(io.BytesIO(fetch(source))).convert(mode)
         with Image.open(source) as image:
             return image.convert(mode)
     except Exception as e:  # Pillow's readers raise anything on damaged files
         raise ValueError(f'image: cannot open {source} ({type(e).__name__}: {e})') from e
+
+
+def open_clip(source: str, sampler: FrameSampler, transform: EvalTransform) -> torch.Tensor:
+    """The one clip (C, T, H, W) that a video file or URL is validated on, uint8.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    try:
+        video = Video(fetch(source) if source.startswith(('http://', 'https://')) else source, cache='')
+        return transform(video.read(sampler.val(video.num_frames), transform.resize))[0].transpose(0, 1)
+    except (ClipError, OSError) as e:
+        raise ValueError(f'video: cannot open {source} ({e})') from e
+
+
+def create_opener(model: nn.Module) -> Callable[[str], torch.Tensor]:
+    """What turns a file or URL into a model's input; a ValueError where it cannot."""
+    config = resolve_data_config(model=model)
+    if takes(model) == 'image':
+        transform, mode = create_transform(**config), 'L' if model.in_chans == 1 else 'RGB'
+        return lambda source: transform(open_image(source, mode))
+    check_decoder('pyav')
+    sampler = FrameSampler(num_frames(model), method_of_tag(model.pretrained_cfg.get('tag')))
+    transform = EvalTransform(config['input_size'][-1], crop_pct=config['crop_pct'])
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1, 1) for name in ('mean', 'std'))
+    return lambda source: (open_clip(source, sampler, transform) / 255 - mean) / std
 
 
 @torch.inference_mode()
@@ -91,25 +129,24 @@ def classify(
         topk: int = 5,
         batch_size: int = 16,
 ) -> Iterator[Tuple[str, Any]]:
-    """The likeliest classes of each image.
+    """The likeliest classes of each image or video.
 
     Args:
-        model: Image classifier.
+        model: Classifier of images or clips.
         sources: Files and URLs.
         topk: Classes to give.
-        batch_size: Images to run at once.
+        batch_size: Images or clips to run at once.
 
     Yields:
-        The source, and a list of dicts (index, name, probability), the likeliest first; or a ValueError where the image
-        cannot be opened.
+        The source, and a list of dicts (index, name, probability), the likeliest first; or a ValueError where it cannot
+        be opened.
     """
-    transform = create_transform(**resolve_data_config(model=model))
-    names, mode = class_names(model), 'L' if model.in_chans == 1 else 'RGB'
+    opener, names = create_opener(model), class_names(model)
     device = next(model.parameters()).device
-    with tqdm(total=len(sources), unit='image', disable=None, leave=False) as bar:
+    with tqdm(total=len(sources), unit=takes(model), disable=None, leave=False) as bar:
         for start in range(0, len(sources), batch_size):
             batch = sources[start:start + batch_size]
-            images = [_try_open(source, mode, transform) for source in batch]
+            images = [_try_open(opener, source) for source in batch]
             good = [x for x in images if isinstance(x, torch.Tensor)]
             if good:
                 top = model(torch.stack(good).to(device)).float().softmax(-1).topk(min(topk, len(names)))
@@ -123,8 +160,8 @@ def classify(
             bar.update(len(batch))
 
 
-def _try_open(source: str, mode: str, transform) -> Any:
+def _try_open(opener: Callable[[str], torch.Tensor], source: str) -> Any:
     try:
-        return transform(open_image(source, mode))
+        return opener(source)
     except ValueError as e:
         return e

@@ -26,6 +26,7 @@ from ..data.readers import plain_name
 from ..data.sampling import FRAME_ORDERS, METHODS, method_of_tag
 from ..data.transforms import RESIZES
 from ..data.views import VideoScores
+from ..zoo.datasets import tag_class_names
 
 _logger = logging.getLogger(__name__)
 
@@ -106,12 +107,16 @@ def create_reader(args: argparse.Namespace, split: str, class_map: Any = None) -
         args.input_key, args.target_key, args.video_decoder, args.frame_index)
 
 
-def known_classes(args: argparse.Namespace, model: nn.Module) -> Optional[str]:
-    """The class names that go with a model's head, where videos are labelled by name and no class map is given."""
+def known_classes(args: argparse.Namespace, model: nn.Module) -> Any:
+    """A class map that goes with the head of a model to evaluate, None if nothing is known of it."""
     if args.class_map:
         return None
-    trained = os.path.join(os.path.dirname(args.checkpoint), 'classes.txt')
-    return trained if args.checkpoint and os.path.exists(trained) else None
+    if args.checkpoint:
+        trained = os.path.join(os.path.dirname(args.checkpoint), 'classes.txt')
+        return trained if os.path.exists(trained) else None
+    cfg = model.pretrained_cfg
+    names = cfg.get('label_names') or tag_class_names(cfg.get('tag') or '') or ()
+    return {name: i for i, name in enumerate(names)} if len(names) == model.num_classes else None
 
 
 def create_sampler(args: argparse.Namespace) -> FrameSampler:
