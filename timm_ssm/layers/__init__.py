@@ -1,6 +1,6 @@
 """Mixers and blocks that several families share."""
 from .bimamba import BiMamba
-from .mixer import ScanInputs, ScanMixer, bidirectional_scan, float32_scan, scan, scan_mixers
+from .mixer import ScanInputs, ScanMixer, scan, scan_mixers
 from .norm import LayerNorm, RmsNorm
 from .patch_embed import PatchEmbed, resample_patch_kernel
 from .ssm import CausalConv1d, DtProj, at_least_float32, init_A_log, init_dt, state_decay
@@ -15,8 +15,6 @@ __all__ = [
     'ScanInputs',
     'ScanMixer',
     'at_least_float32',
-    'bidirectional_scan',
-    'float32_scan',
     'init_A_log',
     'init_dt',
     'resample_patch_kernel',

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import bidirectional_causal_conv1d
-from .mixer import ScanInputs, ScanMixer, bidirectional_scan
+from .mixer import ScanInputs, ScanMixer, scan
 from .ssm import CausalConv1d, DtProj, init_A_log, init_dt, state_decay
 
 torch.fx.wrap('bidirectional_causal_conv1d')
@@ -92,4 +92,4 @@ class BiMamba(ScanMixer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, dim) -> (B, L, dim)"""
-        return self.out_proj(bidirectional_scan(self.project(x)))
+        return self.out_proj(scan(self.project(x)))

@@ -3,15 +3,10 @@ from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
-from timm.layers import register_notrace_function
 from torch import nn
 
 from ..ops import bidirectional_selective_scan, selective_scan
 from .ssm import at_least_float32
-
-# torch.fx records their calls instead of tracing into them
-torch.fx.wrap('selective_scan')
-torch.fx.wrap('bidirectional_selective_scan')
 
 
 class ScanInputs(NamedTuple):
@@ -23,8 +18,8 @@ class ScanInputs(NamedTuple):
     u: torch.Tensor  # (B, L, D)
     delta: torch.Tensor  # (B, L, D), before its bias and softplus
     A: torch.Tensor  # (D, N), negative
-    B: torch.Tensor  # (B, L, N)
-    C: torch.Tensor  # (B, L, N)
+    B: torch.Tensor  # (B, L, N), or (B, L, G, N) for groups of channels
+    C: torch.Tensor  # as B
     D: torch.Tensor  # (D,)
     z: Optional[torch.Tensor]  # (B, L, D), the scan's gate, if it has one
     delta_bias: torch.Tensor  # (D,)
@@ -60,54 +55,47 @@ def scan_mixers(model: nn.Module) -> Dict[str, ScanMixer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ScanMixer)}
 
 
-def scan(inputs: ScanInputs) -> torch.Tensor:
-    """One direction's scan, (B, L, D)."""
-    return selective_scan(
-        inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias,
-        reverse=inputs.reverse, residual=inputs.residual, mask_diagonal=inputs.mask_diagonal)
+def scan(inputs: List[ScanInputs], float32: bool = False) -> torch.Tensor:
+    """Run one direction's scan, or a forward and a reverse one with the same gate as one op, which adds them.
+
+    Args:
+        inputs: One item, or a forward and a reverse one.
+        float32: Take the activations in float32 at least, under autocast too, and return that.
+
+    Returns:
+        (B, L, D)
+    """
+    return _scan(inputs, float32)
 
 
-def bidirectional_scan(inputs: List[ScanInputs]) -> torch.Tensor:
-    """The sum (B, L, D) of a forward and a reverse scan with the same gate, as one op."""
-    forward, reverse = inputs[0], inputs[1]
-    return bidirectional_selective_scan(
-        (forward.u, reverse.u),
-        (forward.delta, reverse.delta),
-        (forward.A, reverse.A),
-        (forward.B, reverse.B),
-        (forward.C, reverse.C),
-        (forward.D, reverse.D),
-        forward.z,
-        (forward.delta_bias, reverse.delta_bias),
-        residual=forward.residual,
-        mask_diagonal=reverse.mask_diagonal,
-    )
-
-
-def float32_scan(inputs: ScanInputs) -> torch.Tensor:
-    """One direction's scan of activations in float32 at least, under autocast too. Returns that dtype."""
-    return _float32_scan(
-        inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.delta_bias, inputs.reverse)
-
-
-@torch.fx.wrap
-@register_notrace_function
-def _float32_scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: torch.Tensor,
-        delta_bias: torch.Tensor,
-        reverse: bool,
-) -> torch.Tensor:
-    u, delta = at_least_float32(u), at_least_float32(delta)
-    B, C = at_least_float32(B), at_least_float32(C)
+@torch.fx.wrap  # torch.fx records its calls, wherever `scan` is imported
+def _scan(inputs: List[ScanInputs], float32: bool) -> torch.Tensor:
+    if not float32:
+        return _run(inputs)
+    inputs = [_in_float32(s) for s in inputs]
     if torch.jit.is_scripting():
-        return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)
+        return _run(inputs)
     else:
-        device = u.device.type
+        device = inputs[0].u.device.type
         autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta knows no autocast
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, reverse=reverse)
+            return _run(inputs)
+
+
+def _in_float32(s: ScanInputs) -> ScanInputs:
+    z = s.z
+    return ScanInputs(
+        at_least_float32(s.u), at_least_float32(s.delta), s.A, at_least_float32(s.B), at_least_float32(s.C), s.D,
+        None if z is None else at_least_float32(z), s.delta_bias, s.reverse, s.residual, s.mask_diagonal, s.bypass)
+
+
+def _run(inputs: List[ScanInputs]) -> torch.Tensor:
+    s = inputs[0]
+    if len(inputs) == 1:
+        return selective_scan(
+            s.u, s.delta, s.A, s.B, s.C, s.D, s.z, s.delta_bias,
+            reverse=s.reverse, residual=s.residual, mask_diagonal=s.mask_diagonal)
+    r = inputs[1]
+    return bidirectional_selective_scan(
+        (s.u, r.u), (s.delta, r.delta), (s.A, r.A), (s.B, r.B), (s.C, r.C), (s.D, r.D), s.z,
+        (s.delta_bias, r.delta_bias), residual=s.residual, mask_diagonal=r.mask_diagonal)

@@ -2,7 +2,6 @@
 import math
 
 import torch
-from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,7 +55,6 @@ def state_decay(A_log: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-@register_notrace_function
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x, in float32 if it is of a half precision."""
     return x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x

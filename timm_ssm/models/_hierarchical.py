@@ -1,8 +1,10 @@
-"""What the hierarchical families share: timm's feature interface over a stem, stages and a final norm."""
+"""What the hierarchical families share: stages of blocks, and timm's model interface over a stem, stages and a head."""
 import inspect
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
+from timm.layers import LayerNorm2d, create_classifier, trunc_normal_
+from timm.models import checkpoint_seq, named_apply
 from torch import _assert, nn
 
 from ._builder import build_model_with_cfg
@@ -10,12 +12,72 @@ from ._checkpoints import StateDict
 from ._features import take_indices
 
 
-class HierarchicalModel(nn.Module):
-    """Base of models made of a stem, stages that take and return maps (B, C, H, W), a final norm and a head.
+class Downsample(nn.Module):
+    """Convolution of stride 2 and norm, (B, in_dim, H, W) -> (B, out_dim, H / 2, W / 2)."""
 
-    A subclass sets in_chans, num_classes, num_features, feature_info, stem, stages and norm, and defines
-    reset_classifier and forward_head. A stage has downsample, blocks and grad_checkpointing.
+    def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.proj = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm2d(out_dim, eps=1e-5, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.proj(x))
+
+
+class Stage(nn.Module):
+    """Downsampling of a map, then blocks and a norm that have its channels last, (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: List[nn.Module], norm: Optional[nn.Module] = None) -> None:
+        """
+        Args:
+            downsample: Module (B, C, H, W) -> (B, C', H', W').
+            blocks: Modules (B, H', W', C') -> (B, H', W', C').
+            norm: Norm of the channels.
+        """
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class HierarchicalModel(nn.Module):
+    """Base of models made of a stem, stages that take and return maps (B, C, H, W), a final norm, pooling and a head.
+
+    A subclass sets in_chans, num_features, feature_info, stem, stages, norm and head_drop, and calls `set_head` and
+    `init_weights`. A stage has downsample, blocks and grad_checkpointing.
     """
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all parameters as the authors' code does.
+
+        Args:
+            needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
+        """
+        def init(module: nn.Module, name: str) -> None:
+            if needs_reset and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+            self.init_module(module, name)
+
+        if not next(self.parameters()).is_meta:  # there it would do nothing, and take most of the time
+            named_apply(init, self)
+
+    def init_module(self, module: nn.Module, name: str) -> None:
+        """Initialise one module where the family differs from PyTorch; children come before their parents."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -48,6 +110,26 @@ class HierarchicalModel(nn.Module):
     def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, ...]]:
         """The classifier head."""
         return self.head
+
+    def set_head(self, num_classes: int, global_pool: str) -> None:
+        """Make the pooling and the head."""
+        check_head(num_classes, global_pool)
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=like.device, dtype=like.dtype)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one.
+
+        Args:
+            num_classes: Classes; 0 for no head.
+            global_pool: Pooling as in the constructor; None to keep the current one.
+        """
+        self.set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
 
     def forward_intermediates(
             self,
@@ -129,6 +211,12 @@ class HierarchicalModel(nn.Module):
         x = self.forward_stem(x)
         x = self.stages(x)
         return self.forward_final(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features (B, C, H, W) to logits (B, num_classes), or to what the classifier would get."""
+        x = self.global_pool(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.forward_features(x)

@@ -11,19 +11,18 @@ follow timm. StableGroupMamba has no public code or weights.
 """
 import math
 import re
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
+from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DtProj, ScanInputs, ScanMixer, float32_scan, init_A_log, init_dt, state_decay
+from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, init_dt, scan, state_decay
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
-from ._hierarchical import HierarchicalModel, build_hierarchical, check_head
+from ._hierarchical import Downsample, HierarchicalModel, Stage, build_hierarchical, check_head
 
 __all__ = ['GroupMamba']
 
@@ -94,10 +93,10 @@ class GroupScan(ScanMixer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)"""
-        inputs = self.project(x)[0]
-        z = inputs.bypass
+        inputs = self.project(x)
+        z = inputs[0].bypass
         assert z is not None
-        y = self.norm(float32_scan(inputs).to(self.norm.weight.dtype))
+        y = self.norm(scan(inputs, float32=True).to(self.norm.weight.dtype))
         return self.out_proj(F.silu(z) * self.restore(y, 0, x.shape))
 
 
@@ -229,49 +228,6 @@ class PooledBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    """Convolution of stride 2 and norm."""
-
-    def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(out_dim, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_dim, H, W) -> (B, H / 2, W / 2, out_dim)"""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class GroupMambaStage(nn.Module):
-    """Downsampling, blocks and, but in the last stage, a norm."""
-
-    def __init__(
-            self,
-            in_dim: int,
-            out_dim: int,
-            blocks: List[nn.Module],
-            norm: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.downsample = Downsample(in_dim, out_dim, **dd)
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(out_dim, eps=1e-6, **dd) if norm else nn.Identity()
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_dim, H, W) -> (B, out_dim, H / 2, W / 2)"""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x).permute(0, 3, 1, 2)
-
-
 class GroupMamba(HierarchicalModel):
     """GroupMamba, and StableGroupMamba with `attn_every`.
 
@@ -344,7 +300,8 @@ class GroupMamba(HierarchicalModel):
                     attn_group = num_attn % 4
                     num_attn += 1
                 blocks.append(GroupMambaBlock(dim, mlp_ratios[i], attn_group=attn_group, drop_path=dpr[i][j], **dd))
-            stages.append(GroupMambaStage(in_dim, dim, blocks, norm=i < len(depths) - 1, **dd))
+            norm = nn.LayerNorm(dim, eps=1e-6, **dd) if i < len(depths) - 1 else None
+            stages.append(Stage(Downsample(in_dim, dim, **dd), blocks, norm))
             self.feature_info.append(dict(module=f'stages.{i}', num_chs=dim, reduction=4 * 2 ** i))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
@@ -353,8 +310,7 @@ class GroupMamba(HierarchicalModel):
         self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head, self.head_dist = self._heads(**dd)
-        if not self.stem[0].weight.is_meta:  # there it would do nothing, and take most of the time
-            self.init_weights(needs_reset=False)
+        self.init_weights(needs_reset=False)
 
     def _heads(self, **dd) -> Tuple[nn.Module, Optional[nn.Module]]:
         head = nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
@@ -362,14 +318,16 @@ class GroupMamba(HierarchicalModel):
             return head, None
         return head, nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
 
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all parameters.
-
-        Args:
-            needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
-        """
-        named_apply(partial(_init_weights, needs_reset=needs_reset), self)
+    def init_module(self, module: nn.Module, name: str) -> None:
+        """As `HierarchicalModel.init_module`."""
+        super().init_module(module, name)
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GroupScan):
+            module.init_dt()
 
     @torch.jit.ignore
     def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
@@ -441,23 +399,6 @@ class GroupMamba(HierarchicalModel):
 def _check_pool(global_pool: str) -> None:
     if global_pool not in ('', 'avg'):
         raise ValueError(f"global_pool: got {global_pool!r}, needs 'avg' or ''")
-
-
-def _init_weights(module: nn.Module, name: str, needs_reset: bool) -> None:
-    """Children come before their parents."""
-    if needs_reset and hasattr(module, 'reset_parameters'):
-        module.reset_parameters()
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, GroupScan):
-        module.init_dt()
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GroupMamba) -> Dict[str, torch.Tensor]:

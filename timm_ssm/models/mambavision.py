@@ -8,7 +8,6 @@ non-commercial use only)
 This is an implementation from the paper; parameter values are those of the authors' checkpoints, names follow timm.
 """
 import math
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -19,15 +18,12 @@ from timm.layers import (
     LayerScale,
     Mlp,
     calculate_drop_path_rates,
-    create_classifier,
     to_2tuple,
     to_ntuple,
-    trunc_normal_,
 )
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
-    named_apply,
     register_model,
     register_model_deprecations,
     resolve_pretrained_cfg,
@@ -39,7 +35,7 @@ from .._compat import update_model_input_size
 from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, scan, state_decay
 from ..ops import causal_conv1d
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
-from ._hierarchical import HierarchicalModel, build_hierarchical, check_head
+from ._hierarchical import HierarchicalModel, build_hierarchical
 
 torch.fx.wrap('causal_conv1d')
 
@@ -98,8 +94,8 @@ class MambaVisionMixer(ScanMixer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, dim) -> (B, L, dim)"""
-        inputs = self.project(x)[0]
-        z = inputs.bypass
+        inputs = self.project(x)
+        z = inputs[0].bypass
         assert z is not None
         return self.out_proj(torch.cat([scan(inputs), z], dim=-1))
 
@@ -257,8 +253,6 @@ class MambaVision(HierarchicalModel):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        check_head(num_classes, global_pool)
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self._set_img_size(img_size)
         window_sizes = self._stage_windows(window_size)
@@ -307,19 +301,9 @@ class MambaVision(HierarchicalModel):
         self.stages = nn.Sequential(*stages)
         self.num_features = dim
         self.norm = nn.BatchNorm2d(dim, **dd)
-        self.global_pool, self.head = create_classifier(dim, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = dim * self.global_pool.feat_mult()
+        self.set_head(num_classes, global_pool)
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all parameters as the authors' code does.
-
-        Args:
-            needs_reset: Also reset the modules that PyTorch initialises at construction (after `to_empty`, say).
-        """
-        named_apply(partial(_init_weights, needs_reset=needs_reset), self)
 
     def _stage_windows(self, window_size: Optional[Union[int, Sequence[Size2]]]) -> Tuple[Tuple[int, int], ...]:
         """Rows and columns of a window in each stage; the size of the whole map if window_size is None."""
@@ -361,44 +345,11 @@ class MambaVision(HierarchicalModel):
                 stage.window_size = window
         update_model_input_size(self, self.img_size, window_size=tuple(window_sizes))
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head by a new one.
-
-        Args:
-            num_classes: Classes; 0 for no head.
-            global_pool: Pooling as in the constructor; None to keep the current one.
-        """
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        check_head(num_classes, global_pool)
-        weight = self.stem[0].weight
-        self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features (B, C, H, W) to logits (B, num_classes), or to what the classifier would get."""
-        x = self.global_pool(x)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
 
 def _grid_size(img_size: Tuple[int, int], stage: int) -> Tuple[int, int]:
     """Rows and columns of a stage's map: every convolution of stride 2 rounds up."""
     stride = 4 * 2 ** stage
     return -(-img_size[0] // stride), -(-img_size[1] // stride)
-
-
-def _init_weights(module: nn.Module, name: str, needs_reset: bool) -> None:
-    if needs_reset and hasattr(module, 'reset_parameters'):
-        module.reset_parameters()
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: MambaVision) -> Dict[str, torch.Tensor]:

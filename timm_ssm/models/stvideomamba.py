@@ -76,7 +76,7 @@ class STMixer(BiMamba):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, dim) -> (B, L, dim)"""
         inputs = self.project(x)
-        return self.out_proj(scan(inputs[0]) + self._reorder(scan(inputs[1])))
+        return self.out_proj(scan(inputs[:1]) + self._reorder(scan(inputs[1:])))
 
 
 def sinusoidal_pos_embed(length: int, dim: int, device: Optional[torch.device] = None) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
-from ..layers import BiMamba, bidirectional_scan
+from ..layers import BiMamba, scan
 from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock, class_token_first
@@ -30,7 +30,7 @@ class VimMixer(BiMamba):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, dim) -> (B, L, dim)"""
-        return self.out_proj(bidirectional_scan(self.project(x)) / 2)
+        return self.out_proj(scan(self.project(x)) / 2)
 
 
 class Vim(IsotropicMamba):
