@@ -3,7 +3,7 @@ import inspect
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
-from timm.layers import LayerNorm2d, create_classifier, trunc_normal_
+from timm.layers import create_classifier, trunc_normal_
 from timm.models import checkpoint_seq, named_apply
 from torch import _assert, nn
 
@@ -13,25 +13,25 @@ from ._features import take_indices
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2 and norm, (B, in_dim, H, W) -> (B, out_dim, H / 2, W / 2)."""
+    """Convolution of stride 2 and norm, (B, in_dim, H, W) -> (B, H / 2, W / 2, out_dim)."""
 
     def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.proj = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = LayerNorm2d(out_dim, eps=1e-5, **dd)
+        self.norm = nn.LayerNorm(out_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(x))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class Stage(nn.Module):
-    """Downsampling of a map, then blocks and a norm that have its channels last, (B, C, H, W) -> (B, C', H', W')."""
+    """Downsampling, blocks and a norm, all but the first with channels last: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, downsample: nn.Module, blocks: List[nn.Module], norm: Optional[nn.Module] = None) -> None:
         """
         Args:
-            downsample: Module (B, C, H, W) -> (B, C', H', W').
+            downsample: Module (B, C, H, W) -> (B, H', W', C').
             blocks: Modules (B, H', W', C') -> (B, H', W', C').
             norm: Norm of the channels.
         """
@@ -42,7 +42,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
