@@ -9,8 +9,6 @@ from ..ops import bidirectional_causal_conv1d
 from .mixer import ScanInputs, ScanMixer, scan
 from .ssm import CausalConv1d, DtProj, init_A_log, init_dt, state_decay
 
-torch.fx.wrap('bidirectional_causal_conv1d')
-
 
 class BiMamba(ScanMixer):
     """Bidirectional Mamba mixer (Vim, https://arxiv.org/abs/2401.09417; VideoMamba, https://arxiv.org/abs/2403.06977).

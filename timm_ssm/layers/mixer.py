@@ -65,13 +65,11 @@ def scan(inputs: List[ScanInputs], float32: bool = False) -> torch.Tensor:
     Returns:
         (B, L, D)
     """
-    return _scan(inputs, float32)
+    return _float32_scan(inputs) if float32 else _run(inputs)
 
 
-@torch.fx.wrap  # torch.fx records its calls, wherever `scan` is imported
-def _scan(inputs: List[ScanInputs], float32: bool) -> torch.Tensor:
-    if not float32:
-        return _run(inputs)
+@torch.fx.wrap  # which cannot trace the context manager
+def _float32_scan(inputs: List[ScanInputs]) -> torch.Tensor:
     inputs = [_in_float32(s) for s in inputs]
     if torch.jit.is_scripting():
         return _run(inputs)

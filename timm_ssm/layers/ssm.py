@@ -7,8 +7,6 @@ from torch.nn import functional as F
 
 from ..ops import causal_conv1d
 
-torch.fx.wrap('causal_conv1d')  # torch.fx records its calls instead of tracing into it
-
 
 class DtProj(nn.Linear):
     """Projection of the step size, whose bias is left to the scan: it adds it in float32, whatever the activations."""
@@ -43,9 +41,9 @@ def init_dt(proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None
 
 
 def init_A_log(A_log: nn.Parameter) -> None:
-    """Fill A_log (D, N) so that state n decays at rate n + 1 (S4D-Real, https://arxiv.org/abs/2206.11893)."""
+    """Fill A_log (..., D, N) so that state n decays at rate n + 1 (S4D-Real, https://arxiv.org/abs/2206.11893)."""
     with torch.no_grad():
-        n = torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device)
+        n = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device)
         A_log.copy_(n.log().expand_as(A_log))
 
 
@@ -54,7 +52,7 @@ def state_decay(A_log: torch.Tensor) -> torch.Tensor:
     return -torch.exp(at_least_float32(A_log))
 
 
-@torch.fx.wrap
+@torch.fx.wrap  # the branch depends on what torch.fx does not know
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x, in float32 if it is of a half precision."""
     return x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x

@@ -37,8 +37,6 @@ from ..ops import causal_conv1d
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
 from ._hierarchical import HierarchicalModel, build_hierarchical
 
-torch.fx.wrap('causal_conv1d')
-
 __all__ = ['MambaVision']
 
 Size2 = Union[int, Tuple[int, int]]

@@ -30,8 +30,6 @@ from ._isotropic import (
     rename_authors,
 )
 
-torch.fx.wrap('causal_conv1d')
-
 __all__ = ['STVideoMamba']
 
 

@@ -24,8 +24,6 @@ from ._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
 
-torch.fx.wrap('bidirectional_causal_conv1d')
-
 __all__ = ['VideoMambaPro']
 
 

@@ -15,7 +15,7 @@ class Published(NamedTuple):
     note: str = ''
 
 
-_STABLEMAMBA = 'Suleman et al., 2025'
+_STABLEMAMBA = 'Suleman et al., 2024'
 _VIDEOMAMBAPRO = 'Lu et al., CVPR 2025'
 _STVIDEOMAMBA = 'Park et al., ECCV 2024'
 _VIDEOMAMBA_ZOO = "Li et al., the released code's model zoo"
