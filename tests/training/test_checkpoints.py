@@ -41,11 +41,11 @@ class TestCheckpoints:
 
         def failing(self, epoch):
             if epoch == 1:
-                raise KeyboardInterrupt
+                raise RuntimeError('power cut')
             finish_save(self, epoch)
 
         monkeypatch.setattr(checkpoints.Checkpoints, 'finish_save', failing)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match='power cut'):
             run(digits, tmp_path, '--epochs', 2)
         monkeypatch.setattr(checkpoints.Checkpoints, 'finish_save', finish_save)
         folder = tmp_path / 'run'

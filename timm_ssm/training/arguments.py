@@ -308,6 +308,8 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         args.eval_metric = 'top1'
     if not args.val_split:
         args.eval_metric = 'loss'  # of training
+    if args.sync_bn and args.device.startswith('cpu'):
+        parser.error(f'--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device {args.device}')
     if args.sched == 'plateau':
         parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
     if args.sched == 'none' and args.layer_decay is not None:

@@ -4,14 +4,16 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Callable, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import torch
 from timm import utils
 from timm.models import clean_state_dict
 
+from ..models._files import check_file
 from .checkpoints import Checkpoints
 from .loop import Progress, Trainer
+from .processes import decide_once
 
 _logger = logging.getLogger(__name__)
 
@@ -23,56 +25,66 @@ class ResumePoint(NamedTuple):
     same_run: bool  # it is of the folder that the run writes to
 
 
-def decide_once(args: argparse.Namespace, decide: Callable[[], Any]) -> Any:
-    """Let the first process decide for all of them; where it exits, all do, and only it says why."""
-    result = error = None
-    if utils.is_primary(args):
-        try:
-            result = decide()
-        except SystemExit as e:
-            error = e
-    if args.distributed:
-        shared = [result, error is not None]
-        torch.distributed.broadcast_object_list(shared)
-        result, failed = shared
-        if failed and error is None:
-            sys.exit(1)
-    if error is not None:
-        raise error
-    return result
-
-
 def find_resume_point(args: argparse.Namespace, checkpoints: Checkpoints) -> Optional[ResumePoint]:
     """The checkpoint that `--resume` asks for, None for a new run; exits rather than overwrite another run."""
 
     def find_path() -> Optional[str]:
-        latest = checkpoints.latest()
-        path = latest if args.resume == 'auto' else args.resume
-        goes_on = path and is_of_run(path) and re.match('last|recovery', os.path.basename(path))
-        if latest and not goes_on:
+        candidates = checkpoints.candidates()
+        if args.resume == 'auto':
+            return first_intact(candidates)
+        if candidates and not (is_of_run(args.resume) and re.match('last|recovery', os.path.basename(args.resume))):
             sys.exit(
                 f'{checkpoints.folder} holds the checkpoints of another run or of later epochs: go on from its latest '
                 f'with --resume auto, or choose another --experiment')
-        return path
+        return args.resume
 
     def is_of_run(path: str) -> bool:
         return os.path.abspath(os.path.dirname(path)) == os.path.abspath(checkpoints.folder)
 
     path = decide_once(args, find_path)
-    return ResumePoint(path, load_training_state(path), is_of_run(path)) if path else None
+    if not path:
+        return None
+    try:
+        return ResumePoint(path, read_training_state(path), is_of_run(path))
+    except (OSError, ValueError) as e:
+        sys.exit(f'--resume {e}' if utils.is_primary(args) else 1)
 
 
-def load_training_state(path: str) -> Dict[str, Any]:
-    """A checkpoint of our training, or of timm's train.py."""
+def first_intact(paths: List[str]) -> Optional[str]:
+    """The first of these checkpoints that can be read; warns of those that cannot, and exits if none can."""
+    errors = []
+    for path in paths:
+        try:
+            read_training_state(path)
+        except ValueError as e:
+            _logger.warning(f'--resume auto: {e}')
+            errors.append(os.path.basename(path))
+        else:
+            if errors:
+                _logger.warning(f'--resume auto: going on from {path} instead')
+            return path
+    if errors:
+        sys.exit(f'--resume auto: {", ".join(errors)} cannot be read; start anew with another --experiment')
+    return None
+
+
+def read_training_state(path: str) -> Dict[str, Any]:
+    """A checkpoint of our training, or of timm's train.py.
+
+    Raises:
+        ValueError: It is damaged, or no such checkpoint; one line that names the file.
+    """
     if not os.path.isfile(path):
-        sys.exit(f'--resume {path}: no such file')
+        raise ValueError(f'{path}: no such file')
+    check_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        sys.exit(f'--resume {path}: not a whole checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})')
+    except Exception as e:  # a damaged file may raise anything
+        reason = (str(e).splitlines() or [''])[0]
+        raise ValueError(f'{path}: not a whole checkpoint ({type(e).__name__}: {reason})') from e
     if not isinstance(state, dict) or 'state_dict' not in state or 'optimizer' not in state:
-        sys.exit(f'--resume {path}: no optimiser state in it; to start from weights use --initial-checkpoint')
+        raise ValueError(f'{path}: no optimiser state in it; to start from weights use --initial-checkpoint')
     return state
 
 
