@@ -82,7 +82,7 @@ class TestResume:
         torch.save(load(folder / 'last.pth.tar')['state_dict'], tmp_path / 'weights.pth')
         for path, message in {
             'missing.pth.tar': 'no such file',
-            'half.pth.tar': 'not a whole checkpoint',
+            'half.pth.tar': 'half.pth.tar: it is no checkpoint, or damaged',
             'weights.pth': 'no optimiser state in it',
         }.items():
             with pytest.raises(SystemExit, match=message):

@@ -103,8 +103,9 @@ def classify(
         The source, and a list of dicts (index, name, probability), the likeliest first; or a ValueError where the image
         cannot be opened.
     """
-    transform = create_transform(**resolve_data_config(model=model))
-    names, mode = class_names(model), 'L' if model.in_chans == 1 else 'RGB'
+    config = resolve_data_config(model=model)
+    transform = create_transform(**config)
+    names, mode = class_names(model), 'L' if config['input_size'][0] == 1 else 'RGB'
     device = next(model.parameters()).device
     with tqdm(total=len(sources), unit='image', disable=None, leave=False) as bar:
         for start in range(0, len(sources), batch_size):

@@ -6,11 +6,10 @@ import re
 import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
-import torch
-from timm import utils
 from timm.models import clean_state_dict
 
-from ..models._files import check_file
+from ..models._checkpoints import CheckpointError, read_file
+from .arguments import errors_of
 from .checkpoints import Checkpoints
 from .loop import Progress, Trainer
 from .processes import decide_once
@@ -44,10 +43,8 @@ def find_resume_point(args: argparse.Namespace, checkpoints: Checkpoints) -> Opt
     path = decide_once(args, find_path)
     if not path:
         return None
-    try:
+    with errors_of('--resume', path):
         return ResumePoint(path, read_training_state(path), is_of_run(path))
-    except (OSError, ValueError) as e:
-        sys.exit(f'--resume {e}' if utils.is_primary(args) else 1)
 
 
 def first_intact(paths: List[str]) -> Optional[str]:
@@ -56,7 +53,7 @@ def first_intact(paths: List[str]) -> Optional[str]:
     for path in paths:
         try:
             read_training_state(path)
-        except ValueError as e:
+        except CheckpointError as e:
             _logger.warning(f'--resume auto: {e}')
             errors.append(os.path.basename(path))
         else:
@@ -72,19 +69,11 @@ def read_training_state(path: str) -> Dict[str, Any]:
     """A checkpoint of our training, or of timm's train.py.
 
     Raises:
-        ValueError: It is damaged, or no such checkpoint; one line that names the file.
+        CheckpointError: It is damaged, or no such checkpoint; one line that names the file.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f'{path}: no such file')
-    check_file(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # a damaged file may raise anything
-        reason = (str(e).splitlines() or [''])[0]
-        raise ValueError(f'{path}: not a whole checkpoint ({type(e).__name__}: {reason})') from e
-    if not isinstance(state, dict) or 'state_dict' not in state or 'optimizer' not in state:
-        raise ValueError(f'{path}: no optimiser state in it; to start from weights use --initial-checkpoint')
+    state = read_file(path)
+    if 'state_dict' not in state or 'optimizer' not in state:
+        raise CheckpointError(f'{path}: no optimiser state in it; to start from weights use --initial-checkpoint')
     return state
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import timm_ssm  # noqa: F401  registers the models
 
 from ..data import ClipError, ClipLoader, TooManyBadClips
-from .arguments import parse_args
+from .arguments import UsageError, parse_args
 from .checkpoints import Checkpoints
 from .clips import evaluate_clips, resolve_clips
 from .data import Data, create_data, resolve_data, seed_all
@@ -41,6 +41,8 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
         checkpoints = Checkpoints(folder, args.checkpoint_hist, args.eval_metric == 'loss')
         try:
             task = train(args, args_text, device, checkpoints)
+        except UsageError as e:
+            sys.exit(str(e) if primary else 1)
         except (ClipError, TooManyBadClips) as e:
             sys.exit(f'Training stopped: {e}')
         except NotFinite as e:
