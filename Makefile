@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 	$(BIN)/python validate.py $(DEMO)/digits --checkpoint $(DEMO)/train/model_best.pth.tar \
 		--workers 1 --results-file $(DEMO)/results.csv
 	$(BIN)/python demo/plot_summary.py $(DEMO)/train/summary.csv $(DEMO)/curve.png
-	$(BIN)/python demo/classify.py $(DEMO)/digits/validation/7_seven/450.png --checkpoint $(DEMO)/train/model_best.pth.tar
+	$(BIN)/timm-ssm classify $(DEMO)/digits/validation/7_seven/450.png --model $(DEMO)/train/model_best.pth.tar --topk 3
 	@echo
 	@cat $(DEMO)/results.csv
 	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar, the learning curve $(DEMO)/curve.png.'

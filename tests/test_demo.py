@@ -1,4 +1,4 @@
-"""The scripts of the demo."""
+"""The steps of the demo."""
 import re
 import runpy
 import sys
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.training.utils import MODEL, PLAIN
+from timm_ssm import cli
 from timm_ssm.training import train
 
 DEMO = Path(__file__).parents[1] / 'demo'
@@ -38,7 +39,7 @@ def test_classify_and_plot(digits, tmp_path, monkeypatch, capsys):
         '--crop-pct', '1'])
     image = next((digits / 'validation' / 'class_3').iterdir())
     capsys.readouterr()
-    run(monkeypatch, 'classify.py', image, '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--top', '10')
+    assert cli.main(['classify', str(image), '--model', str(tmp_path / 'run' / 'last.pth.tar'), '--topk', '10']) == 0
     shown = re.findall(r'([\d.]+)%  (class_\d)', capsys.readouterr().out)
     pixels = torch.frombuffer(bytearray(Image.open(image).tobytes()), dtype=torch.uint8).view(1, 1, 8, 8)
     with torch.no_grad():

@@ -130,7 +130,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = command('classify', _classify, 'name the likeliest classes of images, or of videos')
     p.add_argument('source', nargs='+', help='files, folders, URLs: of videos if the model takes clips')
-    p.add_argument('--model', required=True, help="pretrained tag, 'hf-hub:owner/name', or a converted folder")
+    p.add_argument(
+        '--model', required=True, help="pretrained tag, 'hf-hub:owner/name', converted folder, or checkpoint of train")
     p.add_argument('--topk', type=_positive, default=5, metavar='N', help='classes to print (default: 5)')
     p.add_argument('--batch-size', type=_positive, default=16, metavar='N', help='inputs at once (default: 16)')
     p.add_argument('--device', default='cpu', help='device (default: cpu)')

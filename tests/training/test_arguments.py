@@ -94,6 +94,7 @@ def test_a_file_that_is_no_mapping(tmp_path, capsys):
 @pytest.mark.parametrize('flags, message', [
     (['--naflex-loader'], '--naflex-loader: left out of this script'),
     (['--local-rank=1'], '--local-rank: left out'),
+    (['--sync-bn', '--device', 'cpu'], '--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device cpu'),
     (['--sched', 'plateau'], 'cannot be resumed'),
     (['--sched', 'none', '--layer-decay', '0.7'], 'the schedule that applies --layer-decay'),
     (['--resume', 'auto'], 'needs --experiment'),

@@ -6,6 +6,7 @@ import os
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from timm_ssm.training import checkpoints
 
@@ -41,11 +42,11 @@ class TestCheckpoints:
 
         def failing(self, epoch):
             if epoch == 1:
-                raise KeyboardInterrupt
+                raise RuntimeError('power cut')
             finish_save(self, epoch)
 
         monkeypatch.setattr(checkpoints.Checkpoints, 'finish_save', failing)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match='power cut'):
             run(digits, tmp_path, '--epochs', 2)
         monkeypatch.setattr(checkpoints.Checkpoints, 'finish_save', finish_save)
         folder = tmp_path / 'run'
@@ -122,3 +123,14 @@ class TestCheckpoints:
             assert torch.equal(model.head.weight, state[key]['head.weight'])
         assert not torch.equal(state['state_dict']['head.weight'], state['state_dict_ema']['head.weight'])
         assert (folder / 'classes.txt').read_text().split() == [f'class_{i}' for i in range(10)]
+
+    def test_channels_last_is_saved_contiguous(self, digits, tmp_path):
+        """As safetensors takes them; without it the weights are channels-last, see test_loop."""
+        flags = ['--channels-last', '--model-ema', '--model-ema-decay', '0.5', '--opt', 'adamw']
+        whole = run(digits, tmp_path / 'a', '--epochs', 2, *flags)
+        state = load(whole / 'last.pth.tar')
+        for key in ('state_dict', 'state_dict_ema'):
+            assert all(t.is_contiguous() for t in state[key].values())
+        save_file(state['state_dict'], tmp_path / 'weights.safetensors')
+        run(digits, tmp_path / 'b', '--epochs', 2, *flags, '--stop-epoch', 1)
+        assert_same_run(whole, run(digits, tmp_path / 'b', '--epochs', 2, *flags, '--resume', 'auto'))

@@ -1,13 +1,18 @@
 """A run that was stopped goes on bit for bit."""
 import argparse
+import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import timm
 import torch
+
+from timm_ssm.training.resume import load_optimizer
 
 from .utils import BUSY, MODEL, PLAIN, ROOT, VIDEOMAMBA, assert_same_run, crash_at_step, load, run, tensors
 
@@ -82,7 +87,7 @@ class TestResume:
         torch.save(load(folder / 'last.pth.tar')['state_dict'], tmp_path / 'weights.pth')
         for path, message in {
             'missing.pth.tar': 'no such file',
-            'half.pth.tar': 'not a whole checkpoint',
+            'half.pth.tar': 'half.pth.tar: it is no checkpoint, or damaged',
             'weights.pth': 'no optimiser state in it',
         }.items():
             with pytest.raises(SystemExit, match=message):
@@ -108,3 +113,124 @@ class TestResume:
         resumed = run(digits, tmp_path / 'b', '--epochs', 2, '--resume', tmp_path / 'timm.pth.tar')
         a, b = (load(f / 'last.pth.tar') for f in (folder, resumed))
         assert all(torch.equal(x, y) for x, y in zip(tensors(a['state_dict']), tensors(b['state_dict'])))
+
+
+class TestOptimizer:
+
+    def test_changed_settings_are_applied(self, digits, tmp_path, caplog):
+        """With a constant learning rate, as no schedule sets it anew."""
+        flags = ['--opt', 'adamw', '--sched', 'none', '--epochs', 2]
+        before = ['--lr', '0.01', '--weight-decay', '0.1']
+        after = ['--lr', '0.02', '--weight-decay', '0.2', '--opt-betas', '0.8', '0.9', '--opt-eps', '1e-4']
+        unchanged = run(digits, tmp_path / 'a', *flags, *before)
+        for folder in ('b', 'c'):
+            run(digits, tmp_path / folder, *flags, *before, '--stop-epoch', 1)
+        resumed = run(digits, tmp_path / 'b', *flags, *before, '--resume', 'auto')
+        assert_same_run(unchanged, resumed)
+        caplog.clear()
+        resumed = run(digits, tmp_path / 'c', *flags, *after, '--resume', 'auto')
+        assert 'weight_decay 0.1 -> 0.2' in caplog.text and 'opt_betas None -> [0.8, 0.9]' in caplog.text
+        a, c = (load(folder / 'last.pth.tar') for folder in (unchanged, resumed))
+        groups = c['optimizer']['param_groups']
+        assert [group['weight_decay'] for group in groups] == [0., 0.2]
+        assert all((g['lr'], tuple(g['betas']), g['eps']) == (0.02, (0.8, 0.9), 1e-4) for g in groups)
+        assert [group['weight_decay'] for group in a['optimizer']['param_groups']] == [0., 0.1]
+        assert not torch.equal(a['state_dict']['head.weight'], c['state_dict']['head.weight'])
+
+    @pytest.mark.parametrize('opt', ['adam', 'lion', 'radam', 'nadamw', 'sgd', 'momentum', 'lamb'])
+    def test_another_optimizer_is_refused(self, digits, tmp_path, opt):
+        folder = run(digits, tmp_path, '--epochs', 2, '--opt', 'adamw', '--stop-epoch', 1)
+        flags = ['--epochs', 2, '--opt', opt, '--lr', '0.001', '--resume', 'auto']
+        with pytest.raises(SystemExit, match=rf'\(opt adamw -> {opt}\); --no-resume-opt starts it anew'):
+            run(digits, tmp_path, *flags)
+        run(digits, tmp_path, *flags, '--no-resume-opt')
+        assert load(folder / 'last.pth.tar')['epoch'] == 1
+
+    def test_settings_that_change_the_groups_are_refused(self, digits, tmp_path):
+        run(digits, tmp_path, '--epochs', 2, '--opt', 'adamw', '--stop-epoch', 1)
+        for flags in (['--weight-decay', '0'], ['--layer-decay', '0.5']):
+            with pytest.raises(SystemExit, match='does not fit this model and optimiser'):
+                run(digits, tmp_path, '--epochs', 2, '--opt', 'adamw', '--resume', 'auto', *flags)
+
+    def test_weights_to_start_from_have_no_effect(self, digits, tmp_path, caplog):
+        run(digits, tmp_path, '--epochs', 2, '--stop-epoch', 1)
+        run(digits, tmp_path, '--epochs', 2, '--resume', 'auto', '--initial-checkpoint', 'nowhere.pth')
+        assert 'Without effect on a resumed run: initial_checkpoint  -> nowhere.pth' in caplog.text
+
+    # fused and bnb need other packages; adahessian draws from a generator of its own, which no checkpoint holds
+    @pytest.mark.parametrize('opt', timm.optim.list_optimizers(exclude_filters=['fused*', 'bnb*', 'adahessian']))
+    def test_every_optimizer_goes_on(self, opt):
+        def train(optimizer, model, steps):
+            for step in steps:
+                torch.manual_seed(step)
+                optimizer.zero_grad()
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizer.step()
+
+        def start():
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
+            return model, timm.optim.create_optimizer_v2(model, opt=opt, lr=0.01, weight_decay=0.1)
+
+        model, optimizer = start()
+        train(optimizer, model, range(7))
+        half, optimizer = start()
+        train(optimizer, half, range(4))
+        saved, (half, resumed) = [copy.deepcopy(x.state_dict()) for x in (half, optimizer)], start()
+        half.load_state_dict(saved[0])
+        load_optimizer(resumed, saved[1])
+        train(resumed, half, range(4, 7))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), half.state_dict().values()))
+
+
+class TestDamage:
+
+    @pytest.fixture(scope='class')
+    def finished(self, digits, tmp_path_factory):
+        output = tmp_path_factory.mktemp('damage')
+        return run(digits, output, '--epochs', 3, '--opt', 'adamw', '--lr', '0.01')
+
+    @pytest.mark.parametrize('damage', ['empty', 'flipped', 'zeroed', 'truncated'])
+    def test_falls_back_to_what_is_intact(self, digits, tmp_path, finished, caplog, damage):
+        """A damaged recovery beside an intact last, and a damaged last beside intact epochs."""
+        folder = tmp_path / 'run'
+        shutil.copytree(finished, folder)
+        spoil(folder / 'checkpoint-2.pth.tar', damage, folder / 'recovery-3-5.pth.tar')
+        flags = ['--epochs', 3, '--opt', 'adamw', '--lr', '0.01', '--resume', 'auto']
+        run(digits, tmp_path, *flags)
+        assert load(folder / 'last.pth.tar')['epoch'] == 2
+        assert 'recovery-3-5.pth.tar: it is no checkpoint, or damaged' in caplog.text
+        assert 'going on from' in caplog.text and 'last.pth.tar instead' in caplog.text
+        (folder / 'recovery-3-5.pth.tar').unlink()
+        for name in ('last', 'checkpoint-2', 'model_best'):
+            spoil(folder / f'{name}.pth.tar', damage)
+        run(digits, tmp_path, *flags)
+        assert 'checkpoint-1.pth.tar instead' in caplog.text
+        assert_same_run(finished, folder)
+
+    def test_nothing_intact(self, digits, tmp_path):
+        run(digits, tmp_path, '--epochs', 1)
+        for path in (tmp_path / 'run').glob('*.pth.tar'):
+            path.write_bytes(b'')
+        with pytest.raises(SystemExit, match='--resume auto: last.pth.tar, checkpoint-0.pth.tar cannot be read; '):
+            run(digits, tmp_path, '--epochs', 1, '--resume', 'auto')
+
+    @pytest.mark.parametrize('damage', ['empty', 'flipped', 'zeroed', 'truncated'])
+    def test_a_damaged_file_by_name_is_refused(self, digits, tmp_path, finished, damage):
+        path = tmp_path / 'last.pth.tar'
+        spoil(finished / 'last.pth.tar', damage, path)
+        with pytest.raises(SystemExit, match=f'^--resume {path}: it is no checkpoint, or damaged'):
+            run(digits, tmp_path, '--resume', path)
+
+
+def spoil(path, damage, target=None):
+    """Damage a checkpoint in the middle of a tensor."""
+    content = bytearray(path.read_bytes())
+    middle = content.index(load(path)['state_dict']['blocks.0.mlp.fc1.weight'].numpy().tobytes()) + 100
+    if damage == 'flipped':
+        content[middle] ^= 4
+    elif damage == 'zeroed':
+        content[middle:middle + 512] = bytes(512)
+    target = target or path
+    target.unlink(missing_ok=True)  # another name of the same file stays whole
+    target.write_bytes(content[:{'empty': 0, 'truncated': middle}.get(damage)])

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -218,3 +219,31 @@ def test_log(digits, run):
     assert [line.split('[')[1].split(']')[0].strip() for line in lines if 'img/s' in line] == ['2/3', '3/3']
     assert any(line.startswith(' * Acc@1') for line in lines)
     assert len(json.loads(done.stdout.partition('--result\n')[2])) > 5
+
+
+def test_damaged_files(digits, run, tmp_path):
+    """One line that names the file, which never says to read it less safely."""
+    rng = random.Random(0)
+    content = (run / 'last.pth.tar').read_bytes()
+    for case in range(60):
+        damaged = bytearray(content)
+        kind = rng.choice(['truncated', 'flipped', 'zeroed', 'foreign'])
+        if kind == 'truncated':
+            del damaged[rng.randrange(len(content)):]
+        elif kind == 'flipped':
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        elif kind == 'zeroed':
+            start = rng.randrange(len(content))
+            damaged[start:start + 64] = bytes(len(damaged[start:start + 64]))
+        else:
+            damaged = bytearray(rng.randbytes(rng.randrange(2000)))
+        path = tmp_path / f'{case}{rng.choice([".pth.tar", ".pth", ".bin", ".safetensors"])}'
+        path.write_bytes(damaged)
+        try:
+            result, = validate.main([str(digits), *FLAGS, '--checkpoint', str(path)])
+        except SystemExit as e:
+            message = str(e)
+            assert message.startswith(f'--checkpoint {path}: ') and '\n' not in message, message
+            assert 'weights_only' not in message and 'False' not in message, message
+        else:  # nothing that matters was hit, such as padding between the records
+            assert_result(result, *expected(digits, run / 'last.pth.tar', False))

@@ -113,7 +113,7 @@ def create_opener(model: nn.Module) -> Callable[[str], torch.Tensor]:
     """What turns a file or URL into a model's input; a ValueError where it cannot."""
     config = resolve_data_config(model=model)
     if takes(model) == 'image':
-        transform, mode = create_transform(**config), 'L' if model.in_chans == 1 else 'RGB'
+        transform, mode = create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
         return lambda source: transform(open_image(source, mode))
     check_decoder('pyav')
     sampler = FrameSampler(num_frames(model), method_of_tag(model.pretrained_cfg.get('tag')))

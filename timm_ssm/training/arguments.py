@@ -3,12 +3,14 @@ import argparse
 import difflib
 import os
 import sys
-from typing import Any, Dict, Iterable, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
 import yaml
 from timm import utils
 
+from ..models._checkpoints import CheckpointError, explain
 from .clips import add_clip_flags
 
 # Flags of timm's train.py that are not supported here, with timm's defaults: a config file may hold these.
@@ -26,6 +28,21 @@ UNSUPPORTED = {
     'naflex-patch-sizes': None, 'naflex-patch-size-probs': None, 'naflex-loss-scale': 'linear',
     'naflex-patchify-channels-first': False,
 }
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be had; the message is all that there is to say."""
+
+
+@contextmanager
+def errors_of(flag: str, value: str) -> Iterator[None]:
+    """Turn what is raised over a model or checkpoint that the user named into a UsageError."""
+    try:
+        yield
+    except CheckpointError as e:  # names the file
+        raise UsageError(f'{flag} {e}') from e
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        raise UsageError(f'{flag} {value}: {explain(e)}') from e
 
 
 def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
@@ -308,6 +325,8 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         args.eval_metric = 'top1'
     if not args.val_split:
         args.eval_metric = 'loss'  # of training
+    if args.sync_bn and args.device.startswith('cpu'):
+        parser.error(f'--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device {args.device}')
     if args.sched == 'plateau':
         parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
     if args.sched == 'none' and args.layer_decay is not None:

@@ -2,21 +2,34 @@
 import glob
 import os
 import shutil
+import uuid
 from contextlib import contextmanager, suppress
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm import utils
 
 
 @contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """The name of a temporary file that takes the place of `path` if all goes well, and is deleted if not."""
+    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+@contextmanager
 def atomic_write(path: str, mode: str = 'wb', **kwargs):
     """Open a file that takes the place of `path` when, and only when, all of it is on the disk."""
-    with open(f'{path}.tmp', mode, **kwargs) as f:
+    with replacing(path) as temporary, open(temporary, mode, **kwargs) as f:
         yield f
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f'{path}.tmp', path)
 
 
 class Checkpoints:
@@ -40,10 +53,20 @@ class Checkpoints:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, f'{name}.pth.tar')
 
+    def find(self, pattern: str) -> List[str]:
+        """Checkpoints whose name fits a pattern, latest epoch first."""
+        return sorted(glob.glob(f'{glob.escape(self.folder)}/{pattern}.pth.tar'), key=utils.natural_key, reverse=True)
+
+    def candidates(self) -> List[str]:
+        """The files to go on from, newest first. A recovery is newer than last: it goes when its epoch is complete."""
+        return self.find('recovery-*') + self.find('last') + self.find('checkpoint-*')
+
     def latest(self) -> Optional[str]:
-        """The file to go on from. A recovery is newer than last: it goes when its epoch is complete."""
-        recoveries = sorted(glob.glob(self.path('recovery-*')), key=utils.natural_key)
-        return next((path for path in [*recoveries[::-1], self.path('last')] if os.path.exists(path)), None)
+        return next(iter(self.candidates()), None)
+
+    def describe_latest(self) -> str:
+        latest = self.latest()
+        return f'The last good checkpoint is {latest}.' if latest else 'There is no checkpoint yet.'
 
     def continue_from(self, path: str, state: Dict[str, Any]) -> None:
         """Go on with the run that wrote this checkpoint."""
@@ -74,7 +97,7 @@ class Checkpoints:
             self.copy_last(f'checkpoint-{epoch}')
         if self.history and self.history[0][0] == epoch:
             self.copy_last('model_best')
-        for path in glob.glob(self.path('recovery-*')):
+        for path in self.find('recovery-*'):
             if int(os.path.basename(path).split('-')[1]) <= epoch:
                 os.remove(path)
 
@@ -82,17 +105,15 @@ class Checkpoints:
         source, path = self.path('last'), self.path(name)
         if os.path.exists(path) and os.path.samefile(source, path):
             return
-        with suppress(FileNotFoundError):
-            os.remove(f'{path}.tmp')
-        try:
-            os.link(source, f'{path}.tmp')
-        except OSError:  # no hard links on this file system
-            shutil.copyfile(source, f'{path}.tmp')
-        os.replace(f'{path}.tmp', path)
+        with replacing(path) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError:  # no hard links on this file system
+                shutil.copyfile(source, temporary)
 
     def save_recovery(self, state: Dict[str, Any]) -> None:
         """Save a state within an epoch, after `state['batch']` batches."""
         name = f'recovery-{state["epoch"]}-{state["batch"]}'
         self.write(name, state)
-        for path in set(glob.glob(self.path('recovery-*'))) - {self.path(name)}:
+        for path in set(self.find('recovery-*')) - {self.path(name)}:
             os.remove(path)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..data import ClipMixup
 from .arguments import uses_soft_targets
 from .clips import create_clip_loaders
+from .processes import leave_signals_to_parent
 
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class TrainBatches:
             mixup_fn: Optional[Mixup] = None,
             mix_in_loader: bool = False,
     ):
+        leave_signals_to_parent(loader)
         self.loader = loader
         self.args = args
         self.device = device

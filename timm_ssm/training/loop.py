@@ -12,6 +12,7 @@ from timm.task import TrainingTask
 from .data import TrainBatches
 from .log import EpochLog
 from .optim import create_autocast, create_loss_scaler
+from .processes import Stopped, StopSignal
 
 
 class Progress(NamedTuple):
@@ -55,20 +56,22 @@ class Trainer:
         self.clip_parameters = partial(task.get_clip_parameters, exclude_head=args.clip_mode == 'agc')
 
     def num_updates(self, progress: Progress) -> int:
-        return progress.epoch * self.batches.num_updates + progress.batch // self.args.grad_accum_steps
+        return progress.epoch * self.batches.num_updates + math.ceil(progress.batch / self.args.grad_accum_steps)
 
-    def train_epoch(self, start: Progress, save_recovery: Callable[[Progress], None]) -> float:
+    def train_epoch(self, start: Progress, stop: StopSignal, save_recovery: Callable[[Progress], None]) -> Progress:
         """Train to the end of an epoch.
 
         Args:
             start: Where in the epoch to start.
-            save_recovery: Called every `--recovery-interval` updates.
+            stop: Asks to end before.
+            save_recovery: Called every `--recovery-interval` updates and when asked to end.
 
         Returns:
-            The mean loss of the epoch.
+            The end of the epoch.
 
         Raises:
             NotFinite: A loss is infinite or not a number.
+            Stopped: Ended before, and saved a recovery.
         """
         args, task, optimizer = self.args, self.task, self.optimizer
         accum, num_batches, loss_sum = args.grad_accum_steps, len(self.batches), start.loss_sum
@@ -90,9 +93,9 @@ class Trainer:
                         self.scheduler.step_update(num_updates=num_updates)
                 log.count(len(input) * args.world_size)
 
-                recover = (
-                    update and done < num_batches and args.recovery_interval
-                    and num_updates % args.recovery_interval == 0)
+                within = update and done < num_batches
+                stopped = within and stop.agreed()
+                recover = stopped or (within and args.recovery_interval and num_updates % args.recovery_interval == 0)
                 if done % args.log_interval == 0 or done == num_batches or recover:
                     # only here does the loop wait for the device
                     values = self.read_losses(losses, start.epoch, done)
@@ -103,9 +106,11 @@ class Trainer:
                     log.show(done, f'loss {values[-1]:.4f} ({loss_sum / done:.4f})  lr {lr:.3e}')
                 if recover:
                     save_recovery(Progress(start.epoch, done, loss_sum))
+                if stopped:
+                    raise Stopped(stopped)
         if hasattr(optimizer, 'sync_lookahead'):
             optimizer.sync_lookahead()
-        return loss_sum / num_batches
+        return Progress(start.epoch, num_batches, loss_sum)
 
     def backward(self, input: torch.Tensor, target: torch.Tensor, accumulated: int, update: bool) -> torch.Tensor:
         """The loss of a batch and its gradient, one of `accumulated` for an optimiser step, which `update` takes."""
@@ -146,7 +151,11 @@ class Trainer:
     def state(self, epoch: int) -> Dict[str, Any]:
         """What a checkpoint holds, under timm's names."""
         args, scaler = self.args, self.loss_scaler
-        return dict(
+        state = dict(
             epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=self.optimizer.state_dict(),
             **({} if scaler is None else {scaler.state_dict_key: scaler.state_dict()}),
             **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))
+        for key in ('state_dict', 'state_dict_ema'):  # safetensors takes no channels-last tensors
+            if key in state:
+                state[key] = {name: t.contiguous() for name, t in state[key].items()}
+        return state

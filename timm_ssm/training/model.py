@@ -3,13 +3,16 @@ import argparse
 import logging
 import os
 import re
-import sys
+from pathlib import Path
 from typing import Any, Dict
 
 import torch
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, get_pretrained_cfg, is_model, load_state_dict, parse_model_name
+from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
 from torch import nn
+
+from ..models._checkpoints import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from .arguments import errors_of
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
     first two only set the size of the images in timm; a model built for one size needs to know it too, and the images
     need to know the size in `--model-kwargs`. On return `args.input_size`, `img_size` and `in_chans` agree with it.
     """
-    kwargs = dict(args.model_kwargs)
+    kwargs = dict(args.model_kwargs or {})
     frames_by_name = re.search(r'_f(\d+)_', args.model)
     if args.num_frames not in (None, int(frames_by_name[1]) if frames_by_name else 1):
         kwargs['num_frames'] = args.num_frames
@@ -54,19 +57,17 @@ def load_initial(model: nn.Module, source: str) -> None:
         model: The model.
         source: A checkpoint, a pretrained tag, or 'hf-hub:owner/name'.
     """
-    if os.path.exists(source):
-        state_dict = load_state_dict(source)
-    elif parse_model_name(source)[0] or is_model(source):
-        state_dict = create_model(source, pretrained=True).state_dict()
-    else:
-        sys.exit(f'--initial-checkpoint {source}: no such file, and no model of this name')
-    # models of this package fit weights of other sizes, and of images to clips
-    family = sys.modules[type(model).__module__]
-    filter_fn = getattr(family, 'checkpoint_filter_fn', None) if family.__name__.startswith('timm_ssm.') else None
-    try:
-        model.load_state_dict(filter_fn(state_dict, model) if filter_fn else state_dict)
-    except (RuntimeError, ValueError) as e:
-        sys.exit(f'--initial-checkpoint {source}: {e}; --pretrained-path gives the model a new head')
+    with errors_of('--initial-checkpoint', source):
+        if os.path.exists(source):
+            checkpoint = read_checkpoint(source)
+        elif parse_model_name(source)[0] or is_model(source):
+            checkpoint = Checkpoint(create_model(source, pretrained=True).state_dict(), Path(source))
+        else:
+            raise CheckpointError(f'{source}: no such file, and no model of this name')
+        try:
+            load_weights(model, checkpoint)
+        except CheckpointError as e:
+            raise CheckpointError(f'{e}; --pretrained-path gives the model a new head') from e
 
 
 def build_model(args: argparse.Namespace, device: torch.device, load_weights: bool = True) -> nn.Module:
@@ -76,25 +77,29 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
         args: Arguments of training; `num_classes` is set to the model's.
         device: Where to put it.
         load_weights: Start from the weights asked for; a resumed run has its own.
+
+    Raises:
+        UsageError: There is no such model, or not with these arguments or weights.
     """
     if args.fast_norm:
         set_fast_norm()
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: fit the head
-    model = create_model(
-        args.model,
-        pretrained=load_weights and bool(args.pretrained or args.pretrained_path),
-        pretrained_cfg_overlay=overlay or None,
-        num_classes=args.num_classes,
-        global_pool=args.gp,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
-        drop_block_rate=args.drop_block,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-        **resolve_input(args),
-    )
+    with errors_of('--model', args.model):
+        model = create_model(
+            args.model,
+            pretrained=load_weights and bool(args.pretrained or args.pretrained_path),
+            pretrained_cfg_overlay=overlay or None,
+            num_classes=args.num_classes,
+            global_pool=args.gp,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
+            drop_block_rate=args.drop_block,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            **resolve_input(args),
+        )
     if load_weights and args.initial_checkpoint:
         load_initial(model, args.initial_checkpoint)
     args.num_classes = model.num_classes

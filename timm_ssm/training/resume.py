@@ -4,14 +4,16 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Callable, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import torch
-from timm import utils
 from timm.models import clean_state_dict
 
+from ..models._checkpoints import CheckpointError, read_file
+from .arguments import UsageError, errors_of
 from .checkpoints import Checkpoints
 from .loop import Progress, Trainer
+from .processes import decide_once
 
 _logger = logging.getLogger(__name__)
 
@@ -23,56 +25,56 @@ class ResumePoint(NamedTuple):
     same_run: bool  # it is of the folder that the run writes to
 
 
-def decide_once(args: argparse.Namespace, decide: Callable[[], Any]) -> Any:
-    """Let the first process decide for all of them; where it exits, all do, and only it says why."""
-    result = error = None
-    if utils.is_primary(args):
-        try:
-            result = decide()
-        except SystemExit as e:
-            error = e
-    if args.distributed:
-        shared = [result, error is not None]
-        torch.distributed.broadcast_object_list(shared)
-        result, failed = shared
-        if failed and error is None:
-            sys.exit(1)
-    if error is not None:
-        raise error
-    return result
-
-
 def find_resume_point(args: argparse.Namespace, checkpoints: Checkpoints) -> Optional[ResumePoint]:
     """The checkpoint that `--resume` asks for, None for a new run; exits rather than overwrite another run."""
 
     def find_path() -> Optional[str]:
-        latest = checkpoints.latest()
-        path = latest if args.resume == 'auto' else args.resume
-        goes_on = path and is_of_run(path) and re.match('last|recovery', os.path.basename(path))
-        if latest and not goes_on:
+        candidates = checkpoints.candidates()
+        if args.resume == 'auto':
+            return first_intact(candidates)
+        if candidates and not (is_of_run(args.resume) and re.match('last|recovery', os.path.basename(args.resume))):
             sys.exit(
                 f'{checkpoints.folder} holds the checkpoints of another run or of later epochs: go on from its latest '
                 f'with --resume auto, or choose another --experiment')
-        return path
+        return args.resume
 
     def is_of_run(path: str) -> bool:
         return os.path.abspath(os.path.dirname(path)) == os.path.abspath(checkpoints.folder)
 
     path = decide_once(args, find_path)
-    return ResumePoint(path, load_training_state(path), is_of_run(path)) if path else None
+    if not path:
+        return None
+    with errors_of('--resume', path):
+        return ResumePoint(path, read_training_state(path), is_of_run(path))
 
 
-def load_training_state(path: str) -> Dict[str, Any]:
-    """A checkpoint of our training, or of timm's train.py."""
-    if not os.path.isfile(path):
-        sys.exit(f'--resume {path}: no such file')
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        sys.exit(f'--resume {path}: not a whole checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})')
-    if not isinstance(state, dict) or 'state_dict' not in state or 'optimizer' not in state:
-        sys.exit(f'--resume {path}: no optimiser state in it; to start from weights use --initial-checkpoint')
+def first_intact(paths: List[str]) -> Optional[str]:
+    """The first of these checkpoints that can be read; warns of those that cannot, and exits if none can."""
+    errors = []
+    for path in paths:
+        try:
+            read_training_state(path)
+        except CheckpointError as e:
+            _logger.warning(f'--resume auto: {e}')
+            errors.append(os.path.basename(path))
+        else:
+            if errors:
+                _logger.warning(f'--resume auto: going on from {path} instead')
+            return path
+    if errors:
+        sys.exit(f'--resume auto: {", ".join(errors)} cannot be read; start anew with another --experiment')
+    return None
+
+
+def read_training_state(path: str) -> Dict[str, Any]:
+    """A checkpoint of our training, or of timm's train.py.
+
+    Raises:
+        CheckpointError: It is damaged, or no such checkpoint; one line that names the file.
+    """
+    state = read_file(path)
+    if 'state_dict' not in state or 'optimizer' not in state:
+        raise CheckpointError(f'{path}: no optimiser state in it; to start from weights use --initial-checkpoint')
     return state
 
 
@@ -99,36 +101,62 @@ def restore(args: argparse.Namespace, trainer: Trainer, point: Optional[ResumePo
 
 
 def restore_state(args: argparse.Namespace, trainer: Trainer, point: ResumePoint) -> Progress:
-    """Load model, optimiser and loss scaler; exits if they do not fit."""
+    """Load model, optimiser and loss scaler.
+
+    Raises:
+        UsageError: They do not fit, or settings changed that have to stay.
+    """
     path, state = point.path, point.state
+    changed = changed_settings(state.get('args') or {}, vars(args))
+    report_changes(args, point, changed)
     try:
         trainer.task.load_checkpoint_state(clean_state_dict(state['state_dict']), state.get('task_state'))
         if not args.no_resume_opt:
-            trainer.optimizer.load_state_dict(state['optimizer'])
+            load_optimizer(trainer.optimizer, state['optimizer'])
     except (RuntimeError, ValueError) as e:
-        sys.exit(f'--resume {path}: the checkpoint does not fit this model and optimiser: {e}')
+        raise UsageError(f'--resume {path}: the checkpoint does not fit this model and optimiser: {e}') from e
     scaler = trainer.loss_scaler
     if scaler is not None and scaler.state_dict_key in state and not args.no_resume_opt:
         scaler.load_state_dict(state[scaler.state_dict_key])
-
-    changed = changed_settings(state.get('args') or {}, vars(args))
-    if changed:
-        _logger.info(f'Resuming with changed settings: {", ".join(changed.values())}')
     if 'batch' not in state:
         return Progress(state['epoch'] + 1)
-    fixed = ('seed', 'batch_size', 'world_size', 'workers', 'grad_accum_steps')
-    moved = [changed[key] for key in fixed if key in changed]
-    if moved:
-        sys.exit(
-            f'--resume {path}: in the middle of an epoch these must stay as they were: {", ".join(moved)}; '
-            f'last.pth.tar, between epochs, can go on with others')
     return Progress(state['epoch'], state['batch'], state['loss_sum'])
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> None:
+    """Load what an optimiser has gathered; learning rates, decay and the like stay those that it was made with."""
+    settings = [
+        {k: v for k, v in group.items() if k != 'params' and not k.endswith('step')}  # some count steps in groups
+        for group in optimizer.param_groups]
+    optimizer.load_state_dict(state_dict)
+    for group, setting in zip(optimizer.param_groups, settings):
+        group.update(setting)
+
+
 def changed_settings(before: Union[argparse.Namespace, Dict[str, Any]], now: Dict[str, Any]) -> Dict[str, str]:
-    """Arguments that differ, each with its two values in words, but those that may differ with no effect."""
+    """Arguments that differ, each with its two values in words."""
     before = vars(before) if isinstance(before, argparse.Namespace) else before
     changed = {key: f'{key} {before[key]} -> {now[key]}' for key in before if key in now and before[key] != now[key]}
     for key in ('resume', 'output', 'experiment', 'config', 'rank', 'local_rank', 'device', 'stop_epoch', 'data_dir'):
         changed.pop(key, None)
     return changed
+
+
+def report_changes(args: argparse.Namespace, point: ResumePoint, changed: Dict[str, str]) -> None:
+    """Log the settings that changed since the checkpoint; a UsageError for those that have to stay."""
+
+    def pick(*keys: str) -> str:
+        return ', '.join(changed[key] for key in keys if key in changed)
+
+    if not args.no_resume_opt and (moved := pick('opt', 'opt_kwargs')):
+        raise UsageError(
+            f"--resume {point.path}: the optimiser's state fits no other one ({moved}); --no-resume-opt starts it anew")
+    if 'batch' in point.state and (moved := pick('seed', 'batch_size', 'world_size', 'workers', 'grad_accum_steps')):
+        raise UsageError(
+            f'--resume {point.path}: in the middle of an epoch these must stay as they were: {moved}; last.pth.tar, '
+            f'between epochs, can go on with others')
+    start_only = ('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias')
+    if unused := pick(*start_only):
+        _logger.warning(f'Without effect on a resumed run: {unused}')
+    if used := pick(*(key for key in changed if key not in start_only)):
+        _logger.info(f'Resuming with changed settings: {used}')

@@ -4,28 +4,27 @@ import logging
 import os
 import sys
 import time
-from datetime import datetime
 from typing import Dict, List, Optional
 
 import torch
 import yaml
 from timm import utils
-from timm.models import safe_model_name
 from timm.task import TrainingTask
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
 from ..data import ClipError, ClipLoader, TooManyBadClips
-from .arguments import parse_args
+from .arguments import UsageError, parse_args
 from .checkpoints import Checkpoints
 from .clips import evaluate_clips, resolve_clips
 from .data import Data, create_data, resolve_data, seed_all
 from .evaluation import evaluate
-from .log import RunLog, setup_logging, show_progress
+from .log import RunLog, show_progress
 from .loop import NotFinite, Progress, Trainer
 from .model import build_model
 from .optim import create_optimizer, create_scheduler
+from .processes import Stopped, StopSignal, leave_signals_to_parent, run_folder, setup_process
 from .resume import find_resume_point, restore
 from .tasks import create_task, wrap_task
 
@@ -38,8 +37,32 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     device = setup_process(args)
     primary = utils.is_primary(args)
-    run_name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
-    checkpoints = Checkpoints(os.path.join(args.output, run_name), args.checkpoint_hist, args.eval_metric == 'loss')
+    with run_folder(args) as folder:
+        checkpoints = Checkpoints(folder, args.checkpoint_hist, args.eval_metric == 'loss')
+        try:
+            task = train(args, args_text, device, checkpoints)
+        except UsageError as e:
+            sys.exit(str(e) if primary else 1)
+        except (ClipError, TooManyBadClips) as e:
+            sys.exit(f'Training stopped: {e}')
+        except NotFinite as e:
+            sys.exit(1 if not primary else (
+                f'Training stopped: the {e}. {checkpoints.describe_latest()} A lower --lr, a longer warm-up, '
+                f'--clip-grad, or float32 or bfloat16 instead of float16 may help.'))
+        except (Stopped, KeyboardInterrupt) as e:
+            if primary:
+                print(
+                    f'Stopped by {e if isinstance(e, Stopped) else "Ctrl-C"}. {checkpoints.describe_latest()} '
+                    f'To go on, add --experiment {os.path.basename(folder)} --resume auto.', file=sys.stderr)
+            sys.exit(e.exit_code if isinstance(e, Stopped) else 130)
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+    return task
+
+
+def train(args: argparse.Namespace, args_text: str, device: torch.device, checkpoints: Checkpoints) -> TrainingTask:
+    """The whole of a run in its order, in a folder that is its own."""
+    primary = utils.is_primary(args)
     resume = find_resume_point(args, checkpoints)
 
     # the model goes before the data: image size, normalisation and number of classes are its, unless given
@@ -48,6 +71,8 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
     data_config = resolve_data(args, model)
     model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])  # teachers go by these
     data = create_data(args, data_config, device, resolve_clips(args, model))
+    if data.eval is not None:
+        leave_signals_to_parent(data.eval)
 
     task = create_task(args, model, device)
     optimizer = create_optimizer(args, task.get_trainable_module())
@@ -66,58 +91,47 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Traini
         if primary:
             checkpoints.save_recovery(dict(trainer.state(progress.epoch), **progress._asdict()))
 
+    def stop_if_asked() -> None:
+        if signal := stop.agreed():
+            save_recovery(progress)
+            raise Stopped(signal)
+
     _logger.info(f'Epochs {progress.epoch} to {stop_epoch - 1}, {data.train.num_updates} updates each.')
     start = time.perf_counter()
-    try:
+    with StopSignal(args) as stop:
         for epoch in range(progress.epoch, stop_epoch):
-            train_loss = trainer.train_epoch(progress, save_recovery)
-            trainer.check_weights(f'epoch {epoch}')
-            sync_batch_norms(args, eval_model)
-            progress = Progress(epoch + 1)
+            if progress.batch < len(data.train):  # else the run was stopped while it validated
+                progress = trainer.train_epoch(progress, stop, save_recovery)
+                trainer.check_weights(f'epoch {epoch}')
+                sync_batch_norms(args, eval_model)
+            train_loss = progress.loss_sum / len(data.train)
+            stop_if_asked()
 
             row, metric = dict(epoch=epoch, train_loss=train_loss), train_loss
+            completed = epoch + 1
             if data.eval is not None:
                 metric = None
-                if progress.epoch % args.val_interval == 0 or progress.epoch in (stop_epoch, *args.save_epochs):
-                    metrics = validate(args, trainer, eval_model, data)
+                if completed % args.val_interval == 0 or completed in (stop_epoch, *args.save_epochs):
+                    metrics = validate(args, trainer, eval_model, data, stop)
+                    stop_if_asked()
                     row.update({f'eval_{name}': value for name, value in metrics.items()})
                     metric = metrics[args.eval_metric]
             row['lr'] = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
             if scheduler is not None:
-                scheduler.step(progress.epoch, metric)
+                scheduler.step(completed, metric)
 
             if primary:
                 log.add(row)  # before the checkpoint: a row without one is dropped on resuming
                 checkpoints.save(trainer.state(epoch), metric)
-                if progress.epoch in args.save_epochs:
-                    checkpoints.copy_last(f'milestone-{progress.epoch}')
-    except (ClipError, TooManyBadClips) as e:
-        sys.exit(f'Training stopped: {e}')
-    except NotFinite as e:
-        last_good = checkpoints.latest()
-        sys.exit(1 if not primary else (
-            f'Training stopped: the {e}. '
-            + (f'The last good checkpoint is {last_good}. ' if last_good else 'There is no checkpoint yet. ')
-            + 'A lower --lr, a longer warm-up, --clip-grad, or float32 or bfloat16 instead of float16 may help.'))
+                if completed in args.save_epochs:
+                    checkpoints.copy_last(f'milestone-{completed}')
+            progress = Progress(completed)
 
     _logger.info(f'Done in {time.perf_counter() - start:.1f} s.')
     if checkpoints.history:
         epoch, metric = checkpoints.history[0]
         _logger.info(f'Best {args.eval_metric} {metric:.4f}, epoch {epoch}: {checkpoints.path("model_best")}')
-    if args.distributed:
-        torch.distributed.destroy_process_group()
     return task
-
-
-def setup_process(args: argparse.Namespace) -> torch.device:
-    """Join the other processes, if there are any, and choose this one's device; sets `args.rank` and its like."""
-    device = utils.init_distributed_device(args)
-    setup_logging(utils.is_primary(args))
-    if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')
-        torch.backends.cudnn.benchmark = True
-    _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
-    return device
 
 
 def sync_batch_norms(args: argparse.Namespace, model: nn.Module) -> None:
@@ -126,13 +140,19 @@ def sync_batch_norms(args: argparse.Namespace, model: nn.Module) -> None:
         utils.distribute_bn(model, args.world_size, reduce=args.dist_bn == 'reduce')
 
 
-def validate(args: argparse.Namespace, trainer: Trainer, model: nn.Module, data: Data) -> Dict[str, float]:
+def validate(
+        args: argparse.Namespace,
+        trainer: Trainer,
+        model: nn.Module,
+        data: Data,
+        stop: StopSignal,
+) -> Dict[str, float]:
     """Validate the model, and then, for the metrics to go by, the average of its weights if there is one."""
 
     def measure(model: nn.Module) -> Dict[str, float]:
         clips = isinstance(data.eval, ClipLoader)
         batches = show_progress(
-            data.eval, len(data.eval), 'Validation', args.log_interval, 'clips' if clips else 'img')
+            stop.cut(data.eval), len(data.eval), 'Validation', args.log_interval, 'clips' if clips else 'img')
         if clips:
             metrics = evaluate_clips(
                 model, batches, data.eval.dataset.reader, trainer.task.device, trainer.autocast,

@@ -12,12 +12,14 @@ import torch
 from timm import utils
 from timm.data import create_dataset, create_loader
 from timm.layers import set_fast_norm
-from timm.models import create_model, is_model, list_models, load_checkpoint, parse_model_name
+from timm.models import create_model, is_model, list_models, parse_model_name
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
-from .arguments import check_folder, refuse_unsupported, resolve_device
+from ..hub.checkpoints import rebuild
+from ..models._checkpoints import read_checkpoint
+from .arguments import UsageError, check_folder, errors_of, refuse_unsupported, resolve_device
 from .clips import (
     TRAINED_WITH,
     add_clip_flags,
@@ -112,46 +114,32 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     return parser
 
 
-def checkpoint_args(path: str) -> Dict[str, Any]:
-    """The arguments of train.py or timm's train.py that a checkpoint was written under; none for other files."""
-    if not path.endswith(('.pth.tar', '.pth', '.pt')):
-        return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    args = checkpoint.get('args') or {}
-    return vars(args) if isinstance(args, argparse.Namespace) else args
-
-
 def validate(args: argparse.Namespace) -> Dict[str, Any]:
     """Measure one model: `args` as parsed, with `model` one name or None and `checkpoint` one file or ''."""
-    trained = checkpoint_args(args.checkpoint) if args.checkpoint else {}
-    if args.model is None:
-        args.model = trained.get('model')
+    checkpoint = None
+    if args.checkpoint:
+        with errors_of('--checkpoint', args.checkpoint):
+            checkpoint = read_checkpoint(args.checkpoint, args.use_ema)
+    args.model = args.model or (checkpoint and checkpoint.arch)
     if args.model is None:
         sys.exit(f'--model is needed: {args.checkpoint or "no --checkpoint"} does not say which model it is')
-    if args.model == trained.get('model'):
+    if checkpoint is not None and args.model == checkpoint.arch:  # images as in training
         if args.img_size is None and args.input_size is None:
-            args.input_size = trained.get('input_size')
-            args.img_size = trained.get('img_size')
-        keys = ('num_classes', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation', 'gp', 'model_kwargs')
-        for key in (*keys, *TRAINED_WITH):
+            args.input_size, args.img_size = checkpoint.args.get('input_size'), checkpoint.args.get('img_size')
+        for key in ('in_chans', 'crop_pct', 'mean', 'std', 'interpolation', *TRAINED_WITH):
             if getattr(args, key) is None:
-                setattr(args, key, trained.get(key))
-    args.model_kwargs = args.model_kwargs or {}
+                setattr(args, key, checkpoint.args.get(key))
     device = torch.device(args.device)
     utils.random_seed(args.seed)
     if args.fast_norm:
         set_fast_norm()
 
-    model = create_model(
-        args.model,
-        pretrained=args.pretrained or not args.checkpoint,
-        num_classes=args.num_classes,
-        global_pool=args.gp,
-        **resolve_input(args),
-    )
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    kwargs = dict(num_classes=args.num_classes, global_pool=args.gp, **resolve_input(args))
+    with errors_of(*(('--checkpoint', args.checkpoint) if checkpoint else ('--model', args.model))):
+        if checkpoint:
+            model = rebuild(checkpoint, args.model, **kwargs)
+        else:
+            model = create_model(args.model, pretrained=True, **kwargs)
     param_count = sum(p.numel() for p in model.parameters())
     _logger.info(f'{args.model}: {param_count:,} parameters')
     data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
@@ -342,6 +330,8 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[D
             results.append(validate_within_memory(argparse.Namespace(**{**vars(args), **job})))
         except Exception as e:
             if len(jobs) == 1:
+                if isinstance(e, UsageError):
+                    sys.exit(str(e))
                 raise
             failed.append(dict(job, error=f'{type(e).__name__}: {e}'))
             _logger.error(f'{job}: {type(e).__name__}: {e}')
