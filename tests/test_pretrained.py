@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors.torch import save as to_safetensors
 from timm.models import save_for_hf
 
 from tests.fixtures.synthesize import synthesize
 from tests.models.utils import released_shapes
+from timm_ssm.hub.convert import convert
 from timm_ssm.zoo.registry import list_names
 
 FIXTURES = Path(__file__).parent / 'fixtures'
@@ -298,6 +300,38 @@ class TestWhatGoesWrong:
         blob.unlink()  # as the error advises
         assert_loaded(create(), released)
 
+    def test_bits_flipped_in_the_cache(self, hub, cache, released, released_file):
+        """Whoever downloaded it, and whenever it was damaged: it is verified when it is read."""
+        hub.add(REPO, {FILE: released_file})
+        hf_hub_download(REPO, FILE)
+        blob, = weights_in(cache)
+        flip(blob)
+        with pytest.raises(RuntimeError, match=f'{FILE} of {REPO} .*checksum of .* is wrong.*{blob}; if you delete it'):
+            create()
+        with pytest.raises(ValueError, match=f'{FILE}: .*checksum of .* is wrong'):
+            convert(f'{REPO}/{FILE}', cache / 'out')
+        blob.unlink()
+        assert_loaded(create(), released)
+
+    def test_bits_flipped_in_a_file_without_checksums(self, hub, cache, released):
+        """It is held to the SHA-256 by which the cache names it."""
+        hub.add('me/mine', {'model.safetensors': to_safetensors(released)})
+        overlay = dict(hf_hub_id='me/mine', hf_hub_filename='model.safetensors')
+        assert_loaded(create(pretrained_cfg_overlay=overlay), released)
+        blob, = weights_in(cache)
+        flip(blob)
+        with pytest.raises(RuntimeError, match=f'model.safetensors of me/mine .*SHA-256 .*{blob}; if you delete it'):
+            create(pretrained_cfg_overlay=overlay)
+
+    def test_pytorch_model_bin(self, hub, cache, released, released_file):
+        """timm's default name, of which there may be a safetensors version; offline, too."""
+        hub.add('me/mine', {'pytorch_model.bin': released_file})
+        overlay = dict(hf_hub_id='me/mine', hf_hub_filename=None)
+        for _ in range(2):
+            assert_loaded(create(pretrained_cfg_overlay=overlay), released)
+        hub.add('me/mine', {'model.safetensors': to_safetensors({k: v + 1 for k, v in released.items()})})
+        assert_loaded(create(pretrained_cfg_overlay=overlay), {k: v + 1 for k, v in released.items()})
+
     def test_another_model(self, hub, cache, released):
         hub.add(REPO, {FILE: to_bytes({f'backbone.{k}': v for k, v in released.items()})})
         with pytest.raises(ValueError, match=f'{FILE} of {REPO} .*not of {NAME}.*41 of 41.*backbone') as e:
@@ -317,6 +351,12 @@ class TestWhatGoesWrong:
         with pytest.raises(ValueError, match='^global_pool: got'):
             create(global_pool='nonsense')
         assert not hub.asked('HEAD')
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
 
 
 class _Code:

@@ -97,6 +97,32 @@ class TestConvert:
         assert model(torch.randn(1, 3, 8, 32, 32)).shape == (1, 7)
         assert 'pipeline_tag: video-classification' in (tmp_path / 'out' / 'README.md').read_text()
 
+    def test_class_names_of_a_released_clip_checkpoint(self, hub, cache, tmp_path):
+        file = 'videomamba_t16_k400_f8_res224.pth'
+        clips = released(
+            temporal_pos_embedding=(1, 8, 192), patch_embed__proj__weight=(192, 3, 1, 16, 16),
+            head__weight=(400, 192), head__bias=(400,))
+        hub.add(REPO, {file: to_bytes({'module': clips})})
+        assert convert(f'{REPO}/{file}', tmp_path / 'out').name == 'videomamba_tiny_patch16_f8_224.k400'
+        names = json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names']
+        assert len(names) == 400 and [names[i] for i in (0, 341)] == ['riding a bike', 'abseiling']
+        cfg = timm.create_model(f'local-dir:{tmp_path}/out', device='meta').pretrained_cfg
+        assert cfg['label_names'] == names
+
+    def test_training_checkpoint_of_another_size(self, tmp_path):
+        """A model that takes any size is prepared images of the size that it was trained at."""
+        kwargs = dict(stem_dim=8, embed_dims=[16, 32, 48, 64], depths=[1, 1, 1, 1])
+        model = timm.create_model('groupmamba_tiny', num_classes=3, **kwargs)
+        args = dict(model='groupmamba_tiny', model_kwargs=kwargs, num_classes=3, img_size=64, input_size=[3, 64, 64])
+        (tmp_path / 'last.pth.tar').write_bytes(to_bytes(dict(
+            arch='groupmamba_tiny', args=args, state_dict=model.state_dict())))
+        convert(str(tmp_path / 'last.pth.tar'), tmp_path / 'out')
+        loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
+        assert tuple(timm.data.resolve_data_config(model=loaded)['input_size']) == (3, 64, 64)
+        rebuilt = checkpoints.rebuild(read_checkpoint(tmp_path / 'last.pth.tar'))
+        assert all(torch.equal(v, rebuilt.state_dict()[k]) for k, v in loaded.state_dict().items())
+        assert tuple(rebuilt.pretrained_cfg['input_size']) == (3, 64, 64)
+
     def test_nothing_is_left_if_the_result_differs(self, tmp_path, capsys, monkeypatch):
         def save_others(tensors, path):
             save_weights({k: v + .1 for k, v in tensors.items()}, path)
