@@ -4,6 +4,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -89,11 +90,18 @@ def open_image(source: str, mode: str = 'RGB') -> Image.Image:
     """
     try:
         if source.startswith(('http://', 'https://')):
-            return Image.open(io.BytesIO(fetch(source))).convert(mode)
+            return to_mode(Image.open(io.BytesIO(fetch(source))), mode)
         with Image.open(source) as image:
-            return image.convert(mode)
+            return to_mode(image, mode)
     except Exception as e:  # Pillow's readers raise anything on damaged files
         raise ValueError(f'image: cannot open {source} ({type(e).__name__}: {e})') from e
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """An image in one of Pillow's modes; of 16 bits a pixel the upper 8 are kept, where Pillow clips."""
+    if image.mode.startswith('I') and image.getextrema()[1] > 255:
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype('uint8'))
+    return image.convert(mode)
 
 
 def open_clip(source: str, sampler: FrameSampler, transform: EvalTransform) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """The flags of training: timm's names, meanings and defaults, on the command line or in a YAML file."""
 import argparse
+import ast
 import difflib
 import os
 import sys
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 import yaml
@@ -33,6 +34,10 @@ UNSUPPORTED = {
 class UsageError(ValueError):
     """What the user asked for cannot be had; the message is all that there is to say."""
 
+    def __str__(self) -> str:
+        # DataLoader puts the traceback of a loading process before it
+        return super().__str__().rpartition('UsageError: ')[2].strip()
+
 
 @contextmanager
 def errors_of(flag: str, value: str) -> Iterator[None]:
@@ -45,6 +50,34 @@ def errors_of(flag: str, value: str) -> Iterator[None]:
         raise UsageError(f'{flag} {value}: {explain(e)}') from e
 
 
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type of argument."""
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f'got {value}, needs {minimum} or more')
+        return value
+
+    parse.__name__ = 'int'  # in argparse's own message
+    return parse
+
+
+class ParseKwargs(argparse.Action):
+    """NAME=VALUE pairs, the values as Python writes them or else text; timm's takes no text with an = in it."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        kwargs = {}
+        for item in values:
+            name, equals, text = item.partition('=')
+            if not (name and equals):
+                raise argparse.ArgumentError(self, f'got {item!r}, needs NAME=VALUE')
+            try:
+                kwargs[name] = ast.literal_eval(text)
+            except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+                kwargs[name] = text
+        setattr(namespace, self.dest, kwargs)
+
+
 def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -52,7 +85,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
         description='Train an image classifier.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    kwargs = dict(nargs='*', action=utils.ParseKwargs, default={}, metavar='K=V')
+    kwargs = dict(nargs='*', action=ParseKwargs, default={}, metavar='K=V')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of flags; those on the command line win')
 
     add = parser.add_argument_group('Dataset').add_argument
@@ -79,11 +112,11 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--pretrained-cfg-overlay', help='changes to the pretrained cfg', **kwargs)
     add('--initial-checkpoint', default='', metavar='FILE',
         help='load this file, pretrained tag or hf-hub:owner/name into the finished model; images to clips too')
-    add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
+    add('--num-classes', type=at_least(0), metavar='N', help="number of classes (default: the model's)")
     add('--gp', metavar='POOL', help='global pooling')
-    add('--img-size', type=int, metavar='N', help='image size')
-    add('--in-chans', type=int, metavar='N', help='image channels')
-    add('--input-size', nargs=3, type=int, metavar='N', help='image size as channels height width')
+    add('--img-size', type=at_least(1), metavar='N', help='image size')
+    add('--in-chans', type=at_least(1), metavar='N', help='image channels')
+    add('--input-size', nargs=3, type=at_least(1), metavar='N', help='image size as channels height width')
     add('--crop-pct', type=float, metavar='PCT', help='in validation, size of the centre crop over that of the image')
     add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
     add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
@@ -111,8 +144,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
 
     add = parser.add_argument_group('Optimiser').add_argument
-    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch of one process')
-    add('-vb', '--validation-batch-size', type=int, metavar='N', help='batch size in validation')
+    add('-b', '--batch-size', type=at_least(1), default=128, metavar='N', help='images in a batch of one process')
+    add('-vb', '--validation-batch-size', type=at_least(1), metavar='N', help='batch size in validation')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches accumulated per optimiser step')
     add('--opt', default='sgd', metavar='NAME', help='optimiser')
     add('--opt-eps', type=float, metavar='EPS', help='epsilon')
@@ -138,8 +171,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--sched', default='cosine', metavar='NAME', help='schedule')
     add('--sched-on-updates', action='store_true', help='step the schedule every update, not every epoch')
     add('--epochs', type=int, default=300, metavar='N', help='epochs, without cool-down')
-    add('--stop-epoch', type=int, metavar='N', help='stop after N epochs of the schedule')
-    add('--start-epoch', type=int, metavar='N', help='start at this epoch of the schedule')
+    add('--stop-epoch', type=at_least(1), metavar='N', help='stop after N epochs of the schedule')
+    add('--start-epoch', type=at_least(0), metavar='N', help='start at this epoch of the schedule')
     add('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
     add('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate warm-up starts at')
     add('--warmup-prefix', action='store_true', help='add the warm-up to --epochs')
@@ -209,20 +242,20 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--experiment', default='', metavar='NAME', help='name of the run, its folder in --output')
     add('--resume', default='', metavar='FILE', help="checkpoint to go on from, or `auto`: the run's latest, if any")
     add('--no-resume-opt', action='store_true', help='resume without the state of the optimiser')
-    add('--seed', type=int, default=42, metavar='N', help='random seed')
+    add('--seed', type=at_least(0), default=42, metavar='N', help='random seed')
     add('--worker-seeding', default='all', choices=('all', 'part'), help='seed NumPy in loading processes too, or not')
-    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('-j', '--workers', type=at_least(0), default=4, metavar='N', help='data loading processes')
     # timm can keep these alive over epochs; here they start anew each time, from the seed of the epoch
     add('--no-persistent-workers', action='store_true', help=argparse.SUPPRESS)
     add('--pin-mem', action='store_true', help='pin memory for faster transfer to the GPU')
     add('--no-prefetcher', action='store_true', help='normalise and mix images outside of the prefetcher')
-    add('--log-interval', type=int, default=50, metavar='N', help='batches between two lines of a log')
-    add('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
+    add('--log-interval', type=at_least(1), default=50, metavar='N', help='batches between two lines of a log')
+    add('--val-interval', type=at_least(1), default=1, metavar='N', help='epochs between two validations')
     add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
         help='metric that selects the best checkpoint')
-    add('--checkpoint-hist', type=int, default=10, metavar='N', help='epochs to keep checkpoints of')
+    add('--checkpoint-hist', type=at_least(0), default=10, metavar='N', help='epochs to keep checkpoints of')
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='keep the state after N epochs for good')
-    add('--recovery-interval', type=int, default=0, metavar='N',
+    add('--recovery-interval', type=at_least(0), default=0, metavar='N',
         help='optimiser steps between checkpoints within an epoch')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME', help='its project')
@@ -270,11 +303,12 @@ def check_folder(path: Optional[str], dataset: str) -> None:
 def parse_config(path: str) -> Dict[str, Any]:
     """Flags in a YAML file, checked and converted as on a command line."""
     parser = make_parser(prog=path)
-    flags = {flag[2:].replace('-', '_') for action in parser._actions for flag in action.option_strings}
+    options = [flag for action in parser._actions for flag in action.option_strings]
+    flags = {flag[2:].replace('-', '_') for flag in options if flag.startswith('--')} - {'help'}
     try:
         with open(path) as f:
             config = yaml.safe_load(f) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as e:
         parser.error(f'cannot be read: {e}')
     if not isinstance(config, dict):
         parser.error('the file must hold a mapping of flags to values')
@@ -292,8 +326,8 @@ def parse_config(path: str) -> Dict[str, Any]:
         flag = '--' + key.replace('_', '-')
         if value is False or key in unsupported and value == unsupported[key]:
             continue  # off, as every flag is that is not given
-        elif value is None:
-            nulls[key] = None
+        elif value is None:  # off for these, elsewhere as if the key was not there
+            nulls.update({key: None} if key in ('color_jitter', 'dist_bn', 'train_interpolation') else {})
         elif value is True and key not in unsupported and parser.get_default(key) is False:
             line.append(flag)
         elif isinstance(value, dict):
@@ -319,10 +353,6 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
     check_folder(args.data_dir, args.dataset)
     args.device = resolve_device(args.device)
     args.grad_accum_steps = max(1, args.grad_accum_steps)
-    if args.smoothing is None:
-        args.smoothing = 0.1
-    if args.eval_metric is None:
-        args.eval_metric = 'top1'
     if not args.val_split:
         args.eval_metric = 'loss'  # of training
     if args.sync_bn and args.device.startswith('cpu'):

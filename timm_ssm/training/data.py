@@ -7,13 +7,15 @@ from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm import utils
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import ClipMixup
-from .arguments import uses_soft_targets
+from ..hub.classify import to_mode
+from .arguments import UsageError, errors_of, uses_soft_targets
 from .clips import create_clip_loaders
 from .processes import leave_signals_to_parent
 
@@ -36,27 +38,69 @@ def resolve_data(args: argparse.Namespace, model: nn.Module, **kwargs) -> Dict[s
     return config
 
 
-def dataset_kwargs(args: argparse.Namespace, in_chans: int) -> Dict[str, Any]:
-    """The arguments of timm's create_dataset that training and validation share."""
-    return dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
+class Images(ImageDataset):
+    """timm's dataset of images, but an error names the file, and evaluation puts no other image in its place.
+
+    Args:
+        dataset: timm's.
+        is_training: Skip images that cannot be read, with a warning, up to `MAX_SKIPPED` in a row.
+    """
+
+    MAX_SKIPPED = 10
+
+    def __init__(self, dataset: ImageDataset, is_training: bool):
+        super().__init__(root=None, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
+        self.is_training = is_training
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        for _ in range(self.MAX_SKIPPED):
+            try:
+                file, target = self.reader[index]
+                with Image.open(file) as image:
+                    image = to_mode(image, self.input_img_mode)
+                break
+            except Exception as e:  # Pillow's readers raise anything on damaged files
+                error = f'{self.filename(index, absolute=True)}: cannot be read ({type(e).__name__}: {e})'
+                if not self.is_training:
+                    raise UsageError(error) from None
+                _logger.warning(f'Skipped {error}')
+                index = (index + 1) % len(self)
+        else:
+            raise UsageError(f'{self.MAX_SKIPPED} images in a row cannot be read, the last of them {error}')
+        return image if self.transform is None else self.transform(image), target
+
+
+def open_dataset(args: argparse.Namespace, split: str, in_chans: int, is_training: bool = False, **kwargs) -> Dataset:
+    """timm's dataset of a split.
+
+    Raises:
+        UsageError: There is no such dataset, or nothing in it.
+    """
+    with errors_of('--dataset', args.dataset) if args.dataset else errors_of('DATA', args.data_dir):
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    return Images(dataset, is_training) if type(dataset) is ImageDataset else dataset
 
 
 def create_datasets(args: argparse.Namespace, in_chans: int) -> Tuple[Dataset, Optional[Dataset]]:
     """The training dataset and, with a validation split, the one to validate on."""
-    kwargs = dict(batch_size=args.batch_size, **dataset_kwargs(args, in_chans))
-    train = create_dataset(
-        args.dataset, split=args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
-        num_samples=args.train_num_samples, **kwargs)
-    val = create_dataset(
-        args.dataset, split=args.val_split, num_samples=args.val_num_samples, **kwargs) if args.val_split else None
+    train = open_dataset(
+        args, args.train_split, in_chans, is_training=True, batch_size=args.batch_size, seed=args.seed,
+        repeats=args.epoch_repeats, num_samples=args.train_num_samples)
+    val = open_dataset(
+        args, args.val_split, in_chans, batch_size=args.batch_size,
+        num_samples=args.val_num_samples) if args.val_split else None
 
     # timm takes the whole of DATA where it finds no folder of a split, and numbers classes by the folders it finds
     readers = [getattr(dataset, 'reader', None) for dataset in (train, val) if dataset is not None]

@@ -15,7 +15,7 @@ from torch import nn
 import timm_ssm  # noqa: F401  registers the models
 
 from ..data import ClipError, ClipLoader, TooManyBadClips
-from .arguments import UsageError, parse_args
+from .arguments import UsageError, errors_of, parse_args
 from .checkpoints import Checkpoints
 from .clips import evaluate_clips, resolve_clips
 from .data import Data, create_data, resolve_data, seed_all
@@ -75,7 +75,8 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
         leave_signals_to_parent(data.eval)
 
     task = create_task(args, model, device)
-    optimizer = create_optimizer(args, task.get_trainable_module())
+    with errors_of('--opt', args.opt):
+        optimizer = create_optimizer(args, task.get_trainable_module())
     scheduler, stop_epoch = create_scheduler(args, optimizer, data.train.num_updates)
     trainer = Trainer(args, task, optimizer, scheduler, data.train)
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from timm import utils
-from timm.data import create_dataset, create_loader
+from timm.data import create_loader
 from timm.layers import set_fast_norm
 from timm.models import create_model, is_model, list_models, parse_model_name
 from torch import nn
@@ -19,7 +19,15 @@ import timm_ssm  # noqa: F401  registers the models
 
 from ..hub.checkpoints import rebuild
 from ..models._checkpoints import read_checkpoint
-from .arguments import UsageError, check_folder, errors_of, refuse_unsupported, resolve_device
+from .arguments import (
+    ParseKwargs,
+    UsageError,
+    at_least,
+    check_folder,
+    errors_of,
+    refuse_unsupported,
+    resolve_device,
+)
 from .clips import (
     TRAINED_WITH,
     add_clip_flags,
@@ -30,7 +38,7 @@ from .clips import (
     known_classes,
     resolve_clips,
 )
-from .data import channels_last, dataset_kwargs, resolve_data
+from .data import channels_last, open_dataset, resolve_data
 from .evaluation import evaluate
 from .log import setup_logging, show_progress
 from .model import resolve_input, to_channels_last
@@ -74,10 +82,10 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--pretrained', action='store_true', help='load the released weights (the default without --checkpoint)')
     add('--checkpoint', default='', metavar='PATH', help='a checkpoint, or a folder of checkpoints')
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
-    add('--num-classes', type=int, metavar='N', help='number of classes')
-    add('--img-size', type=int, metavar='N', help='image size')
-    add('--in-chans', type=int, metavar='N', help='image channels')
-    add('--input-size', nargs=3, type=int, metavar='N', help='image size as channels height width')
+    add('--num-classes', type=at_least(0), metavar='N', help='number of classes')
+    add('--img-size', type=at_least(1), metavar='N', help='image size')
+    add('--in-chans', type=at_least(1), metavar='N', help='image channels')
+    add('--input-size', nargs=3, type=at_least(1), metavar='N', help='image size as channels height width')
     add('--use-train-size', action='store_true', help="the cfg's training size even where it has a test size")
     add('--crop-pct', type=float, metavar='PCT', help='size of the centre crop over that of the resized image')
     add('--crop-mode', metavar='MODE', help='squash, border or center')
@@ -86,14 +94,15 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
     add('--interpolation', metavar='NAME', help='bilinear, bicubic, ...')
     add('--gp', metavar='POOL', help='global pooling')
-    add('--model-kwargs', nargs='*', action=utils.ParseKwargs, metavar='K=V', help="the model's constructor arguments")
+    add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='K=V', help="the model's constructor arguments")
 
     add_clip_flags(parser, training=False)
 
     group = parser.add_argument_group('Running')
     add = group.add_argument
-    add('-b', '--batch-size', type=int, default=256, metavar='N', help='batch size; halved while memory runs out')
-    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('-b', '--batch-size', type=at_least(1), default=256, metavar='N',
+        help='batch size; halved while memory runs out')
+    add('-j', '--workers', type=at_least(0), default=4, metavar='N', help='data loading processes')
     add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
     add('--amp', action='store_true', help='run in mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
@@ -103,15 +112,26 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     add('--no-prefetcher', action='store_true', help='normalise images in the loading processes')
     add('--pin-mem', action='store_true', help='pin memory for faster transfer to the GPU')
-    add('--log-freq', type=int, default=10, metavar='N', help='batches between two lines of a log')
+    add('--log-freq', type=at_least(1), default=10, metavar='N', help='batches between two lines of a log')
     add('--results-file', default='', metavar='FILE', help='write the results here')
     add('--results-format', default='csv', choices=('csv', 'json'), help='format of --results-file')
-    add('--seed', type=int, default=42, metavar='N', help='random seed')
+    add('--seed', type=at_least(0), default=42, metavar='N', help='random seed')
     # timm retries a single model only when it is told to; running out of memory is always worth another try
     add('--retry', action='store_true', help=argparse.SUPPRESS)
     for flag in UNSUPPORTED:
         add(f'--{flag}', nargs='*', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> argparse.Namespace:
+    """The arguments of a validation, checked as far as that goes without its data and models."""
+    parser = make_parser(prog)
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args, UNSUPPORTED, 'validate.py')
+    args.data_dir = args.data_dir or args.data
+    check_folder(args.data_dir, args.dataset)
+    args.device = resolve_device(args.device)
+    return args
 
 
 def validate(args: argparse.Namespace) -> Dict[str, Any]:
@@ -152,9 +172,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
 
     if resolve_clips(args, model):
         return validate_clips(args, model, param_count, data_config, device)
-    dataset = create_dataset(
-        args.dataset, split=args.split, num_samples=args.num_samples,
-        **dataset_kwargs(args, data_config['input_size'][0]))
+    dataset = open_dataset(args, args.split, data_config['input_size'][0], num_samples=args.num_samples)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -311,19 +329,14 @@ def write_results(path: str, results: List[Dict[str, Any]], format: str) -> None
 def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[Dict[str, Any]]:
     """Validate as the command line says; returns a row of results for each model, best first."""
     setup_logging()
-    parser = make_parser(prog)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args, UNSUPPORTED, 'validate.py')
-    args.data_dir = args.data_dir or args.data
-    check_folder(args.data_dir, args.dataset)
-    args.device = resolve_device(args.device)
+    args = parse_args(argv, prog)
     args.device = str(utils.init_distributed_device(args))
     args.primary = utils.is_primary(args)
     setup_logging(args.primary)
 
     jobs = find_models(args)
     if args.scores_file and len(jobs) > 1:
-        parser.error(f'--scores-file: got {len(jobs)} models, needs one')
+        sys.exit(f'--scores-file: got {len(jobs)} models, needs one')
     results, failed = [], []
     for job in jobs:
         try:
