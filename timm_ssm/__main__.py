@@ -1,16 +1,18 @@
-"""Run a script with the models of this package registered.
+"""Run a script with the models of this package registered, and mamba-ssm's functions at hand.
 
     python -m timm_ssm SCRIPT [ARGS]
     torchrun --nproc-per-node 2 -m timm_ssm SCRIPT [ARGS]
 
 SCRIPT is any Python file that makes timm models, such as timm's own train.py, validate.py or benchmark.py. It runs as
-`python SCRIPT [ARGS]` would run it.
+`python SCRIPT [ARGS]` would run it. Where the CUDA extensions of mamba-ssm and causal-conv1d are not installed, imports
+from these packages find this package's equivalents (timm_ssm.compat).
 """
 import os
 import runpy
 import sys
 
 import timm_ssm  # noqa: F401  registers the models
+from timm_ssm import compat
 
 
 def main() -> None:
@@ -23,6 +25,7 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11's -P leaves both folders out
         sys.path[0] = os.path.dirname(os.path.abspath(script))
+    compat.install()
     runpy.run_path(script, run_name='__main__')
 
 
