@@ -67,8 +67,8 @@ def parallel_scan(
         b = torch.cat([b[:, :1] + a[:, :1] * start, b[:, 1:]], dim=1)
     step = 1
     while step < length:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], dim=1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], dim=1)
+        b = b + a * _later(b, step)
+        a = a * _later(a, step)
         step *= 2
     if mask_diagonal:
         b = torch.cat([torch.zeros_like(b[:, :1]), (b - own)[:, 1:]], dim=1)
@@ -80,6 +80,11 @@ def parallel_scan(
     if z is not None:
         y = y * F.silu(z.to(acc))
     return y.to(dtype)
+
+
+def _later(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """(B, L, G, D / G, N) moved to later tokens, zeros before the first."""
+    return F.pad(x[:, :-steps], (0, 0, 0, 0, 0, 0, steps, 0))
 
 
 def conv1d(
