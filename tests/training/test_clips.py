@@ -14,6 +14,8 @@ import torch
 from timm.models import save_for_hf
 
 from timm_ssm.data import decode
+from timm_ssm.hub.classify import class_names, classify, load_model
+from timm_ssm.hub.convert import convert
 from timm_ssm.training import train, validate
 
 from ..data.videos import write_dataset
@@ -150,6 +152,14 @@ def test_validation_goes_by_how_the_checkpoint_was_trained(videos, trained, tmp_
     named = [('a/0.mp4', '0'), ('a/1.mp4', '0'), ('a/2.mp4', '0'), ('b/0.mp4', '1'), ('b/1.mp4', '1')]
     assert [(r[0], r[1]) for r in rows] == named
     assert all(abs(float(r[3]) + float(r[4]) - 1) < 1e-5 for r in rows)
+
+    model = load_model(str(trained))  # of 4 frames, dense, which is neither the name's nor the default
+    for (_, classes), row in zip(classify(model, [str(videos / 'validation' / r[0]) for r in rows]), rows):
+        assert {c['name']: c['probability'] for c in classes} == pytest.approx(
+            dict(a=float(row[3]), b=float(row[4])), abs=1e-5)
+    assert convert(trained, tmp_path / 'converted').name == 'videomamba_tiny_patch16_f8_224'
+    converted = load_model(str(tmp_path / 'converted'))
+    assert converted.patch_embed.num_frames == 4 and class_names(converted) == ['a', 'b']
 
 
 def test_views_are_averaged_after_softmax(videos, trained, tmp_path):

@@ -307,18 +307,19 @@ class _Targets:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        loader, bad = self.loader, set()
+        loader, bad, videos = self.loader, set(), len(self.loader.sampler)
         for clips, targets, failures in loader.loader:
             for row, reason in failures:
                 if row not in bad and len(bad) < 10:
                     _logger.warning(f'Unreadable: {loader.dataset.reader.name(row)} ({reason})')
                 bad.add(row)
-            videos = len(loader.sampler)
             if loader.training and len(bad) > loader.max_bad_clips * videos:
                 raise TooManyBadClips(
                     f'{len(bad)} of {videos} videos cannot be read, more than --max-bad-clips '
                     f'{loader.max_bad_clips:g} of them; `timm-ssm check-videos` finds all of them')
             yield clips, targets
+        if loader.training and bad:
+            _logger.warning(f'{len(bad)} of {videos} videos could not be read and were left out')
 
 
 class ClipMixup(Mixup):

@@ -4,11 +4,13 @@ n is the number of frames of a video, F that of a clip, r the sampling rate and 
 """
 import random
 from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
 METHODS = ('sparse', 'dense', 'dense_videomae', 'ssv2', 'ssv2_frames')
+# the arguments of train.py and validate.py that a sampler is made of
+SAMPLING_ARGS = ('num_frames', 'clip_sampling', 'sampling_rate', 'clip_duration', 'sampling_compat')
 FRAME_ORDERS = ('sequential', 'reversed', 'shuffled', 'interleaved', 'block-N')
 
 
@@ -53,6 +55,12 @@ class FrameSampler:
                 raise ValueError(f"clip_duration: got {self.clip_duration} with '{self.method}', needs 'dense' clips")
             if self.clip_duration <= 0:
                 raise ValueError(f'clip_duration: got {self.clip_duration}, needs more than 0 seconds')
+
+    @classmethod
+    def from_args(cls, args: Dict[str, Any]) -> 'FrameSampler':
+        """The sampler that SAMPLING_ARGS ask for."""
+        frames, method, rate, seconds, compat = (args.get(key) for key in SAMPLING_ARGS)
+        return cls(frames, method or 'sparse', rate or 4, seconds, compat == 'released')
 
     def train(
             self,

@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import nn
 from tqdm import tqdm
 
+from ..data.sampling import SAMPLING_ARGS
 from ..models._checkpoints import (
     FLOATS,
     WEIGHTS_SUFFIXES,
@@ -241,7 +242,7 @@ def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn
 
 
 def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Record in a model's pretrained_cfg how its training script prepared the images and called the classes.
+    """Record in a model's pretrained_cfg how its training script prepared images or clips and called the classes.
 
     The names of the classes are in the file classes.txt that the script leaves beside its checkpoints.
     """
@@ -251,6 +252,8 @@ def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
     if img_size:
         args['input_size'] = (model.in_chans, *to_2tuple(img_size))
     settings = timm.data.resolve_data_config(args, model=model)
+    if args.get('clip_sampling'):
+        settings['clip_args'] = {key: args.get(key) for key in SAMPLING_ARGS}
     classes = checkpoint.path.parent / 'classes.txt' if checkpoint.path else None
     if classes and classes.exists():
         settings['label_names'] = read_lines(classes)

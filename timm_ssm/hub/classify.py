@@ -112,7 +112,8 @@ def open_clip(source: str, sampler: FrameSampler, transform: EvalTransform) -> t
     """
     try:
         video = Video(fetch(source) if source.startswith(('http://', 'https://')) else source, cache='')
-        return transform(video.read(sampler.val(video.num_frames), transform.resize))[0].transpose(0, 1)
+        frames = sampler.val(video.num_frames, video.times)
+        return transform(video.read(frames, transform.resize))[0].transpose(0, 1)
     except (ClipError, OSError) as e:
         raise ValueError(f'video: cannot open {source} ({e})') from e
 
@@ -124,7 +125,9 @@ def create_opener(model: nn.Module) -> Callable[[str], torch.Tensor]:
         transform, mode = create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
         return lambda source: transform(open_image(source, mode))
     check_decoder('pyav')
-    sampler = FrameSampler(num_frames(model), method_of_tag(model.pretrained_cfg.get('tag')))
+    cfg = model.pretrained_cfg
+    sampler = FrameSampler.from_args(
+        cfg.get('clip_args') or dict(num_frames=num_frames(model), clip_sampling=method_of_tag(cfg.get('tag'))))
     transform = EvalTransform(config['input_size'][-1], crop_pct=config['crop_pct'])
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1, 1) for name in ('mean', 'std'))
     return lambda source: (open_clip(source, sampler, transform) / 255 - mean) / std

@@ -1,6 +1,7 @@
 """Reading checkpoint files, and what the checkpoint filters of all families share."""
 import argparse
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
@@ -32,6 +33,12 @@ class CheckpointMismatch(CheckpointError):
         self.state_dict = state_dict
 
 
+def frames_in_name(name: str) -> int:
+    """Frames of the clips that a model of this name takes by default; 1 for images."""
+    frames = re.search(r'_f(\d+)_', name)
+    return int(frames[1]) if frames else 1
+
+
 class Checkpoint(NamedTuple):
     """What a checkpoint file says of a model: its parameters and, if a training script wrote it, how it was made."""
     state_dict: StateDict
@@ -53,6 +60,8 @@ class Checkpoint(NamedTuple):
             told['in_chans'] = in_chans
         if cfg.fixed_input_size and to_2tuple(img_size) != tuple(cfg.input_size[1:]):  # others are alike for all sizes
             told['img_size'] = img_size
+        if self.args.get('num_frames') != frames_in_name(self.arch or ''):
+            told['num_frames'] = self.args.get('num_frames')
         if self.args.get('num_classes') != cfg.num_classes:
             told['num_classes'] = self.args.get('num_classes')
         kwargs = {**{k: v for k, v in told.items() if v is not None}, **kwargs}

@@ -23,7 +23,7 @@ from ..data import (
 from ..data.decode import DECODERS, check_decoder
 from ..data.loader import ClipDataset
 from ..data.readers import plain_name
-from ..data.sampling import FRAME_ORDERS, METHODS, method_of_tag
+from ..data.sampling import FRAME_ORDERS, METHODS, SAMPLING_ARGS, method_of_tag
 from ..data.transforms import RESIZES
 from ..data.views import VideoScores
 from ..zoo.datasets import tag_class_names
@@ -31,7 +31,7 @@ from ..zoo.datasets import tag_class_names
 _logger = logging.getLogger(__name__)
 
 # what validation takes from the training of a checkpoint, unless it is given
-TRAINED_WITH = ('num_frames', 'clip_sampling', 'sampling_rate', 'clip_duration', 'sampling_compat', 'clip_windows')
+TRAINED_WITH = (*SAMPLING_ARGS, 'clip_windows')
 # what images have and clips do not
 ONLY_IMAGES = dict(
     input_img_mode=None, crop_mode=None, crop_border_pixels=None, no_prefetcher=False, aug_repeats=0,
@@ -119,11 +119,6 @@ def known_classes(args: argparse.Namespace, model: nn.Module) -> Any:
     return {name: i for i, name in enumerate(names)} if len(names) == model.num_classes else None
 
 
-def create_sampler(args: argparse.Namespace) -> FrameSampler:
-    return FrameSampler(
-        args.num_frames, args.clip_sampling, args.sampling_rate, args.clip_duration, args.sampling_compat == 'released')
-
-
 def create_eval_clips(args: argparse.Namespace, reader: ClipReader, data_config: Dict[str, Any]) -> EvalClips:
     """The views to evaluate on: the ones of a test if their number is given, else one of each video."""
     channels, height, width = data_config['input_size']
@@ -134,7 +129,7 @@ def create_eval_clips(args: argparse.Namespace, reader: ClipReader, data_config:
         clips, crops = clips or 1, crops or 1
     transform = EvalTransform(height, crops, data_config['crop_pct'], args.clip_resize)
     order = getattr(args, 'frame_order', 'sequential')
-    return EvalClips(reader, create_sampler(args), transform, windows_of(args), clips, order)
+    return EvalClips(reader, FrameSampler.from_args(vars(args)), transform, windows_of(args), clips, order)
 
 
 def windows_of(args: argparse.Namespace) -> Optional[Tuple[float, float]]:
@@ -200,7 +195,8 @@ def create_train_clips(args: argparse.Namespace, reader: ClipReader, data_config
             hflip=hflip,
             vflip=args.vflip,
         )
-    return TrainClips(reader, create_sampler(args), transform, size, windows_of(args), args.num_sample, args.seed)
+    return TrainClips(
+        reader, FrameSampler.from_args(vars(args)), transform, size, windows_of(args), args.num_sample, args.seed)
 
 
 class _OneView:

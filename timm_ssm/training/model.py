@@ -2,7 +2,6 @@
 import argparse
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any, Dict
 
@@ -11,7 +10,7 @@ from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
 from torch import nn
 
-from ..models._checkpoints import Checkpoint, CheckpointError, load_weights, read_checkpoint
+from ..models._checkpoints import Checkpoint, CheckpointError, frames_in_name, load_weights, read_checkpoint
 from .arguments import errors_of
 
 _logger = logging.getLogger(__name__)
@@ -25,8 +24,7 @@ def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
     need to know the size in `--model-kwargs`. On return `args.input_size`, `img_size` and `in_chans` agree with it.
     """
     kwargs = dict(args.model_kwargs or {})
-    frames_by_name = re.search(r'_f(\d+)_', args.model)
-    if args.num_frames not in (None, int(frames_by_name[1]) if frames_by_name else 1):
+    if args.num_frames is not None and (args.num_frames, frames_in_name(args.model)) != (1, 1):
         kwargs['num_frames'] = args.num_frames
     if args.input_size:
         in_chans, *size = args.input_size

@@ -37,7 +37,7 @@ def model_config(
     """
     model_args, cfg = dict(model_args or {}), dict(model.pretrained_cfg)
     label_names = label_names or cfg.pop('label_names', None) or tag_class_names(name.partition('.')[2])
-    for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
+    for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'clip_args'):
         cfg.pop(key, None)
     if '.' not in name:  # these describe the tag's weights, not the ones at hand
         for key in ('tag', 'origin_url', 'license', 'notes', 'description'):

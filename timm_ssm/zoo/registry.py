@@ -2,7 +2,6 @@
 import fnmatch
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -14,6 +13,7 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
+from ..models._checkpoints import frames_in_name
 from .published import PUBLISHED, Published
 
 
@@ -55,9 +55,8 @@ def num_frames(model: nn.Module) -> int:
 
 def input_shape(name: str) -> Tuple[int, ...]:
     """What a model or pretrained tag takes: (channels, height, width), or (channels, frames, height, width)."""
-    size = tuple(get_pretrained_cfg(name).input_size)
-    frames = re.search(r'_f(\d+)_', name)
-    return (size[0], int(frames[1]), *size[1:]) if frames else size
+    size, frames = tuple(get_pretrained_cfg(name).input_size), frames_in_name(name)
+    return (size[0], frames, *size[1:]) if frames > 1 else size
 
 
 def cached_file(name: str) -> Optional[Path]:
