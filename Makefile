@@ -38,7 +38,7 @@ demo: $(VENV)/installed
 	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar, the learning curve $(DEMO)/curve.png.'
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 SECONDS ?= 600
 fuzz: $(VENV)/installed

@@ -10,7 +10,7 @@ from .hub_server import HubServer
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is imported
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else min(2, os.cpu_count() or 1))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
 
 # The tests see a Hub on this machine and an empty cache. huggingface_hub reads these once, when it is imported.
