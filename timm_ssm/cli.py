@@ -91,6 +91,25 @@ def _check_videos(args: argparse.Namespace) -> int:
     return int(count > 0)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from .export import export, model_input_size
+    from .hub.classify import load_model
+
+    model, input_size = load_model(args.model), None
+    if args.img_size:
+        if hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size=args.img_size)
+        input_size = (*model_input_size(model)[:-2], args.img_size, args.img_size)
+    if args.dynamic_size and hasattr(model, 'dynamic_img_size'):
+        model.set_input_size(dynamic_img_size=True)
+    done = export(
+        model, args.file, format=args.format, scan=args.scan, input_size=input_size, batch_size=args.batch_size,
+        dynamic_size=args.dynamic_size)
+    shapes = ' and '.join('×'.join(map(str, shape)) for shape in done.checked)
+    print(f'{done.path}: {done.size / 1e6:.1f} MB, {done.nodes:,} operators')
+    print(f'run on inputs of {shapes}: outputs equal to {done.difference:.1g} of the largest')
+
+
 def _env(args: argparse.Namespace) -> None:
     from . import env
 
@@ -147,6 +166,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('-j', '--workers', type=int, default=os.cpu_count(), metavar='N', help='processes')
     p.add_argument('--good', metavar='FILE', help='list to write of what can be read (default: beside DATA)')
     p.add_argument('--bad', metavar='FILE', help='list to write of what cannot, with reasons (default: beside DATA)')
+
+    p = command('export', _export, 'write a model as ONNX, torch.export or AOTInductor file, and prove it the same')
+    p.add_argument('model', help="pretrained tag, 'hf-hub:owner/name', converted folder, or checkpoint of train")
+    p.add_argument('file', help='file to write: NAME.onnx or NAME.pt2')
+    p.add_argument(
+        '--format', choices=('onnx', 'torch', 'aoti'),
+        help='torch: a program of torch.export; aoti: compiled for this machine (default: onnx or torch by the suffix)')
+    p.add_argument(
+        '--scan', choices=('loop', 'op', 'doubling'),
+        help="loop: ONNX's Scan (its default); op: this package's kernels (default else); doubling: plain operators")
+    p.add_argument('--img-size', type=_positive, metavar='N', help="height and width (default: the model's)")
+    p.add_argument('--batch-size', type=_positive, metavar='N', help='of all inputs (default: any)')
+    p.add_argument('--dynamic-size', action='store_true', help='leave height and width open too')
 
     # these parse their own flags, see main
     command('train', None, 'train a model, as train.py does')

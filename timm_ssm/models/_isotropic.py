@@ -223,13 +223,18 @@ class IsotropicMamba(nn.Module):
             self,
             img_size: Optional[Union[int, Tuple[int, int]]] = None,
             patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+            dynamic_img_size: Optional[bool] = None,
     ) -> None:
         """Change the input size, resampling the position embedding (and the patch kernel).
 
         Args:
             img_size: New height and width in pixels; None to keep them.
             patch_size: New patch height and width in pixels; None to keep them.
+            dynamic_img_size: As in the constructor; None to keep it.
         """
+        if dynamic_img_size is not None:
+            self.dynamic_img_size = dynamic_img_size
+            self.patch_embed.strict_img_size = not dynamic_img_size
         old_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.patch_embed.grid_size != old_size and self.pos_embed is not None:

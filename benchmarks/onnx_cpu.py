@@ -1,0 +1,165 @@
+"""Models in onnxruntime against PyTorch with the native backend on the CPU, and forms of the scan in onnxruntime.
+
+    python benchmarks/onnx_cpu.py --export   writes the files to --folder, and how much CPU time that takes
+    python benchmarks/onnx_cpu.py            times them; the machine should be idle
+
+Ratios of medians, timed in turns. Memory is the peak of a process that runs one input twice and has no other work:
+with onnxruntime it imports neither PyTorch nor this package.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Callable, Dict, Iterator
+
+import numpy as np
+import onnxruntime
+import timm
+import torch
+from harness import Row, report, time_in_turns
+
+from timm_ssm.export import export, model_input_size
+from timm_ssm.ops import selective_scan
+
+#: model, its arguments, goal of the speed
+MODELS = {
+    'videomamba_tiny_patch16_224': (dict(), .7),
+    'mambavision_tiny': (dict(), .7),
+    'groupmamba_tiny': (dict(), .7),
+    'videomamba_tiny_patch16_576': (dict(), None),
+    'videomamba_tiny_patch16_f8_224': (dict(), None),
+    'videomamba_tiny_patch16_f32_224': (dict(), None),
+}
+#: (batch, tokens, channels, states) of VideoMamba-Ti's scan at 224 and of clips of 8 frames, of MambaVision-T's
+SCANS = [(1, 197, 384, 16), (1, 1569, 384, 16), (1, 196, 160, 8)]
+
+RUN_ONNX = '''
+import resource, sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+x = numpy.zeros(eval(sys.argv[2]), numpy.float32)
+'''
+RUN_TORCH = '''
+import resource, sys, timm, torch, timm_ssm
+model = timm.create_model(sys.argv[1]).eval()
+x = torch.zeros(eval(sys.argv[2]))
+'''
+PEAK = 'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)'  # KiB on Linux
+
+
+def export_all(folder: Path) -> None:
+    facts = {}
+    for name, (kwargs, _) in MODELS.items():
+        start = time.process_time()
+        done = export(timm.create_model(name, **kwargs).eval(), folder / f'{name}.onnx')
+        facts[name] = dict(seconds=time.process_time() - start, nodes=done.nodes, difference=done.difference)
+        print(name, facts[name], flush=True)
+    (folder / 'facts.json').write_text(json.dumps(facts))
+
+
+def peak(code: str, *args: object) -> float:
+    """MiB."""
+    run = subprocess.run([sys.executable, '-c', code + PEAK, *map(str, args)], stdout=subprocess.PIPE, check=True)
+    return float(run.stdout)
+
+
+def model_rows(folder: Path, seconds: float) -> Iterator[Row]:
+    facts = json.loads((folder / 'facts.json').read_text())
+    for name, (kwargs, goal) in MODELS.items():
+        model, file = timm.create_model(name, **kwargs).eval(), folder / f'{name}.onnx'
+        x = torch.randn(1, *model_input_size(model))
+        session = onnxruntime.InferenceSession(file)
+        functions = dict(torch=partial(model, x), onnx=partial(session.run, None, {'input': x.numpy()}))
+        with torch.inference_mode():
+            times = time_in_turns(functions, seconds, turn=.5)
+        detail = f'{times["onnx"] * 1e3:.1f} against {times["torch"] * 1e3:.1f} ms'
+        yield Row(f'{name}: speed, onnxruntime / PyTorch', times['torch'] / times['onnx'], goal, detail=detail)
+        shape = tuple(x.shape)
+        memory = peak(RUN_ONNX + 'for _ in range(2): session.run(None, {"input": x})\n', file, shape)
+        native = peak(RUN_TORCH + 'with torch.inference_mode(): model(x), model(x)\n', name, shape)
+        yield Row(f'{name}: peak memory in MiB', memory, 1536 if '_f8_' in name else None, less=True,
+                  detail=f'PyTorch {native:.0f}')
+        yield Row(f'{name}: CPU seconds to export and check', facts[name]['seconds'], 60, less=True)
+        yield Row(f'{name}: operators', facts[name]['nodes'], 2000 if name.endswith('tiny_patch16_224') else None,
+                  less=True, detail=f'outputs differ by {facts[name]["difference"]:.1g} of the largest')
+
+
+def linear_attention(shape: tuple) -> bytes:
+    """A model of onnxruntime's own operator, which computes the scan with one key head a channel."""
+    from onnx import TensorProto, helper
+
+    _, _, channels, d_state = shape
+    tokens, states = ['b', 'l', channels], ['b', 'l', d_state]
+    inputs = dict(u=tokens, delta=tokens, A=[channels, d_state], B=states, C=states)
+    nodes = [
+        helper.make_node('Softplus', ['delta'], ['dt']),
+        helper.make_node('Mul', ['dt', 'u'], ['x']),
+        helper.make_node('Unsqueeze', ['dt', 'last'], ['dt_']),
+        helper.make_node('Mul', ['dt_', 'A'], ['decay_']),
+        helper.make_node('Reshape', ['decay_', 'flat'], ['decay']),
+        helper.make_node(
+            'LinearAttention', ['C', 'B', 'x', '', 'decay'], ['y', 'state'], domain='com.microsoft',
+            update_rule='gated', scale=1., q_num_heads=1, kv_num_heads=channels)]
+    graph = helper.make_graph(
+        nodes, 'scan', [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in inputs.items()],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, tokens)],
+        [helper.make_tensor('last', TensorProto.INT64, [1], [-1]),
+         helper.make_tensor('flat', TensorProto.INT64, [3], [0, 0, channels * d_state])])
+    opsets = [helper.make_opsetid('', 18), helper.make_opsetid('com.microsoft', 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+class Scan(torch.nn.Module):
+    """The op as a model of one input, as `export` wants it; the rest are parameters."""
+
+    def __init__(self, u: torch.Tensor, *others: torch.Tensor) -> None:
+        super().__init__()
+        self.others = torch.nn.ParameterList(others)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return selective_scan(u, *self.others)
+
+
+def scan_rows(folder: Path, seconds: float) -> Iterator[Row]:
+    for shape in SCANS:
+        batch, length, channels, d_state = shape
+        u, delta = torch.randn(2, batch, length, channels)
+        B, C = torch.randn(2, batch, length, d_state)
+        args = u, delta, -torch.rand(channels, d_state), B, C
+        model = Scan(*args).eval()
+        session = onnxruntime.InferenceSession(linear_attention(shape))
+        feed = {k: x.numpy() for k, x in zip(('u', 'delta', 'A', 'B', 'C'), args)}
+        functions: Dict[str, Callable] = {
+            'native': lambda args=args: [selective_scan(*args).numpy()],
+            'LinearAttention': partial(session.run, ['y'], feed)}
+        for scan in ('loop', 'doubling'):
+            file = folder / 'scan.onnx'
+            export(model, file, scan=scan, input_size=u.shape[1:], batch_size=batch)
+            functions[scan] = partial(onnxruntime.InferenceSession(file).run, None, {'input': u.numpy()})
+        with torch.inference_mode():
+            for function in functions.values():
+                np.testing.assert_allclose(function()[0], functions['native']()[0], rtol=1e-3, atol=1e-3)
+            times = time_in_turns(functions, seconds)
+        for name in ('loop', 'LinearAttention', 'doubling'):
+            yield Row(f'scan of {shape}: time of {name} / native', times[name] / times['native'], less=True,
+                      detail=f'{times[name] * 1e3:.2f} against {times["native"] * 1e3:.2f} ms')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--folder', type=Path, default=Path('output/onnx'), help='where the files are')
+    parser.add_argument('--export', action='store_true', help='write them')
+    parser.add_argument('--seconds', type=float, default=10., help='time to spend on each comparison')
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.export:
+        export_all(args.folder)
+    else:
+        report('onnx_cpu', [*model_rows(args.folder, args.seconds), *scan_rows(args.folder, args.seconds)],
+               onnxruntime=onnxruntime.__version__)
+
+
+if __name__ == '__main__':
+    main()
