@@ -65,9 +65,9 @@ def summary(folder):
         return list(csv.DictReader(f))
 
 
-def crash_at_step(monkeypatch, number):
+def crash_at_step(monkeypatch, number, task=ClassificationTask):
     """Make the forward pass of a training step, counted from 1, fail."""
-    forward, calls = ClassificationTask.forward, []
+    forward, calls = task.forward, []
 
     def failing(self, *args):
         calls.append(1)
@@ -75,7 +75,7 @@ def crash_at_step(monkeypatch, number):
             raise RuntimeError('power cut')
         return forward(self, *args)
 
-    monkeypatch.setattr(ClassificationTask, 'forward', failing)
+    monkeypatch.setattr(task, 'forward', failing)
 
 
 def scripted_metrics(monkeypatch, values, name='top1'):

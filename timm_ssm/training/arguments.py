@@ -5,6 +5,7 @@ import difflib
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
@@ -29,6 +30,9 @@ UNSUPPORTED = {
     'naflex-patch-sizes': None, 'naflex-patch-size-probs': None, 'naflex-loss-scale': 'linear',
     'naflex-patchify-channels-first': False,
 }
+
+
+RECIPES = Path(__file__).parents[1] / 'recipes'
 
 
 class UsageError(ValueError):
@@ -87,6 +91,9 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     )
     kwargs = dict(nargs='*', action=ParseKwargs, default={}, metavar='K=V')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of flags; those on the command line win')
+    parser.add_argument('--recipe', metavar='NAME', help="a paper's flags (docs/recipes.md); --config and flags win")
+    parser.add_argument('--dry-run', nargs='?', type=at_least(1), const=0, metavar='N',
+        help='print the plan of the run, in N processes instead of those that there are, and stop')
 
     add = parser.add_argument_group('Dataset').add_argument
     add('data', nargs='?', metavar='DATA', help='dataset folder (also as --data-dir)')
@@ -153,9 +160,13 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--opt-kwargs', help='more arguments for the optimiser', **kwargs)
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
     add('--weight-decay', type=float, default=2e-5, metavar='WD', help='weight decay')
+    add('--decay-a-log', action='store_true',
+        help="decay the state matrices' A_log too, which Mamba exempts and VideoMamba's code decays")
     add('--clip-grad', type=float, metavar='NORM', help='clip gradients to this')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
     add('--layer-decay', type=float, metavar='RATE', help='factor of the learning rate from a layer to the one below')
+    add('--layer-decay-mode', default='proper', choices=('proper', 'released', 'none'),
+        help="released: as VideoMamba's code, whose blocks escape it: it slows the embeddings alone; none: not at all")
     add('--layer-decay-min-scale', type=float, default=0., metavar='S', help='lower bound of the product of factors')
     add('--layer-decay-no-opt-scale', type=float, metavar='S', help='freeze layers with a product below this')
     add('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
@@ -168,7 +179,9 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate at a global batch of --lr-base-size')
     add('--lr-base-size', type=int, default=256, metavar='N', help='global batch size of --lr-base')
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'), help='how it scales; empty: by optimiser')
-    add('--sched', default='cosine', metavar='NAME', help='schedule')
+    add('--lr-base-all', action='store_true', help='scale --min-lr and --warmup-lr like --lr-base')
+    add('--sched', default='cosine', metavar='NAME',
+        help="timm's schedules, or cosine_per_step: with both ends of the warm-up, as VideoMamba's code for clips")
     add('--sched-on-updates', action='store_true', help='step the schedule every update, not every epoch')
     add('--epochs', type=int, default=300, metavar='N', help='epochs, without cool-down')
     add('--stop-epoch', type=at_least(1), metavar='N', help='stop after N epochs of the schedule')
@@ -228,7 +241,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('Distillation').add_argument
     add('--kd-model-name', metavar='NAME', help='teacher, loaded with its released weights')
-    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what of it to match')
+    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token', 'alignment'),
+        help="what of it to match; alignment: every final token, as VideoMamba's self-distillation")
     add('--kd-loss-type', default='kl', choices=('kl',), help='loss on logits')
     add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='loss on the distillation token')
     add('--kd-temperature', type=float, default=4., metavar='T', help='temperature')
@@ -341,16 +355,29 @@ def parse_config(path: str) -> Dict[str, Any]:
     return {**{key: getattr(args, key) for key in config if hasattr(args, key)}, **nulls}
 
 
+def find_recipe(name: str) -> str:
+    """The file of a packaged recipe."""
+    files = {path.stem: str(path) for path in RECIPES.glob('*.yaml')}
+    if name not in files:
+        close = difflib.get_close_matches(name, files, 5, 0.4) or sorted(files)
+        sys.exit(f'--recipe: got {name}, needs one of docs/recipes.md, such as {", ".join(close)}')
+    return files[name]
+
+
 def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> argparse.Namespace:
     """The arguments of a training run, checked as far as that goes without its data and model."""
     parser = make_parser(prog)
     args = parser.parse_args(argv)
-    if args.config:
-        parser.set_defaults(**parse_config(args.config))
+    config = parse_config(args.config) if args.config else {}
+    if recipe := args.recipe or config.get('recipe'):
+        config = {**parse_config(find_recipe(recipe)), **config}
+    if config:
+        parser.set_defaults(**config)
         args = parser.parse_args(argv)
     refuse_unsupported(parser, args, UNSUPPORTED, 'train.py')
     args.data_dir = args.data or args.data_dir
-    check_folder(args.data_dir, args.dataset)
+    if not (args.dry_run is not None and args.data_dir is None and args.train_num_samples):
+        check_folder(args.data_dir, args.dataset)
     args.device = resolve_device(args.device)
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     if not args.val_split:
@@ -359,12 +386,16 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         parser.error(f'--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device {args.device}')
     if args.sched == 'plateau':
         parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
+    if args.sched == 'cosine_per_step' and args.warmup_epochs >= args.epochs:
+        parser.error(f'--warmup-epochs: got {args.warmup_epochs}, needs fewer than --epochs {args.epochs}')
+    if args.layer_decay_mode == 'released' and args.layer_decay is None:
+        parser.error('--layer-decay-mode released needs --layer-decay')
     if args.sched == 'none' and args.layer_decay is not None:
         parser.error('--sched none: it is the schedule that applies --layer-decay')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the run to look for')
     if uses_soft_targets(args) and args.batch_size * args.num_sample % 2:
         parser.error(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch')
-    if args.aug_repeats and not utils.is_distributed_env():
-        parser.error('--aug-repeats spreads an image over processes: it needs torchrun')
+    if args.aug_repeats and args.dry_run is None and not utils.is_distributed_env():
+        parser.error('--aug-repeats spreads an image over processes: it needs torchrun, or 0 to do without')
     return args

@@ -24,6 +24,7 @@ from .log import RunLog, show_progress
 from .loop import NotFinite, Progress, Trainer
 from .model import build_model
 from .optim import create_optimizer, create_scheduler
+from .plan import describe_plan
 from .processes import Stopped, StopSignal, leave_signals_to_parent, run_folder, setup_process
 from .resume import find_resume_point, restore
 from .tasks import create_task, wrap_task
@@ -31,9 +32,15 @@ from .tasks import create_task, wrap_task
 _logger = logging.getLogger(__name__)
 
 
-def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> TrainingTask:
-    """Train a model as the command line says; returns the task with the trained model."""
+def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Optional[TrainingTask]:
+    """Train a model as the command line says; returns the task with the trained model, nothing for a dry run."""
     args = parse_args(argv, prog)
+    if args.dry_run is not None:
+        try:
+            print(describe_plan(args))
+        except ValueError as e:
+            sys.exit(str(e))
+        return None
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     device = setup_process(args)
     primary = utils.is_primary(args)
