@@ -67,9 +67,8 @@ def whole_files(weights: StateDict, folder) -> Dict[str, bytes]:
     }
 
 
-def damaged(seed: int, files: Dict[str, bytes]) -> Tuple[str, bytes, str]:
+def damaged(rng: random.Random, files: Dict[str, bytes]) -> Tuple[str, bytes, str]:
     """One damaged file: its suffix and content, and what was done to it."""
-    rng = random.Random(seed)
     suffix = rng.choice(sorted(files))
     content = bytearray(files[suffix])
     kind = rng.choice(['truncated', 'flipped', 'flipped near the ends', 'renamed', 'overwritten', 'extended'])

@@ -2,8 +2,6 @@
 import collections
 import itertools
 import json
-import os
-import time
 
 import numpy as np
 import pytest
@@ -19,15 +17,6 @@ from timm_ssm.training import train, validate
 from timm_ssm.zoo import cards
 
 from .checkpoints import ARGS, NAME, ODD_FILES, as_ours, damaged, small_weights, whole_files
-
-# a short run in the test suite; `make fuzz` sets the seconds that each test goes on with further seeds
-SECONDS = float(os.environ.get('FUZZ_SECONDS', 0))
-
-
-def seeds(number: int):
-    """The first `number` seeds, and the next ones until the time is over."""
-    end = time.monotonic() + SECONDS
-    return itertools.takewhile(lambda seed: seed < number or time.monotonic() < end, itertools.count())
 
 
 @pytest.fixture(scope='module')
@@ -97,17 +86,19 @@ def outcome(way, path, wanted):
 
 
 @pytest.mark.parametrize('way', WAYS)
-def test_damaged_files(files, weights, tmp_path, way):
+def test_damaged_files(files, weights, tmp_path, way, cases):
     wanted = {as_ours(k): v for k, v in weights.items()}
     outcomes = collections.Counter()
-    for seed in seeds(64):
-        suffix, content, kind = damaged(seed, files)
-        path = tmp_path / f'{seed}{suffix}'
+    for i, rng in enumerate(cases(64)):
+        suffix, content, kind = damaged(rng, files)
+        path = tmp_path / f'{i}{suffix}'
         path.write_bytes(content)
         outcomes[kind, outcome(way, path, wanted)] += 1
         path.unlink()
     print(f'{way.__name__}: {dict(sorted(outcomes.items()))}')
-    assert all(outcomes[kind, 'error'] for kind in ('truncated', 'flipped', 'overwritten', 'renamed'))
+    assert not outcomes['truncated', 'loads']
+    errors = {kind for kind, what in outcomes if what == 'error'}
+    assert sum(outcomes.values()) < 64 or {'truncated', 'flipped', 'overwritten', 'renamed'} <= errors
 
 
 @pytest.mark.parametrize('odd', ODD_FILES)
@@ -171,56 +162,61 @@ def test_safetensors_of_others_need_no_checksum(weights, tmp_path):
     from_file(path)
 
 
-class TestCommands:
-    """Whole commands, on a checkpoint that training wrote."""
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    for split, i, j in itertools.product(('train', 'validation'), range(5), range(2)):
+        folder = root / split / f'class_{i}'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f'{j}.png')
+    return root
 
-    @pytest.fixture(scope='class')
-    def images(self, tmp_path_factory):
-        root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-        for split, i, j in itertools.product(('train', 'validation'), range(5), range(2)):
-            folder = root / split / f'class_{i}'
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f'{j}.png')
-        return root
 
-    def train(self, images, output, *flags):
-        model = ['--model', NAME, '--model-kwargs', 'depth=1', 'embed_dim=16', 'patch_size=8', '--img-size', '32']
-        train.main([
-            str(images), *model, '--num-classes', '5', '--device', 'cpu', '--workers', '0', '--batch-size', '5',
-            '--epochs', '1', '--warmup-epochs', '0', '--output', str(output), '--experiment', 'run', *map(str, flags)])
-        return output / 'run' / 'last.pth.tar'
+def run_training(images, output, *flags):
+    model = ['--model', NAME, '--model-kwargs', 'depth=1', 'embed_dim=16', 'patch_size=8', '--img-size', '32']
+    train.main([
+        str(images), *model, '--num-classes', '5', '--device', 'cpu', '--workers', '0', '--batch-size', '5',
+        '--epochs', '1', '--warmup-epochs', '0', '--output', str(output), '--experiment', 'run', *map(str, flags)])
+    return output / 'run' / 'last.pth.tar'
 
-    @pytest.fixture(scope='class')
-    def trained(self, images, tmp_path_factory):
-        return self.train(images, tmp_path_factory.mktemp('trained')).read_bytes()
 
-    def run(self, command, path, images, output):
-        if command == 'validate':
-            validate.main([str(images), '--checkpoint', str(path), '--device', 'cpu', '--workers', '0'])
-        elif command == 'convert':
-            convert(str(path), output)
-        else:
-            self.train(images, output, command, path)
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    return run_training(images, tmp_path_factory.mktemp('trained')).read_bytes()
 
-    @pytest.mark.parametrize('command', ['convert'])
-    def test_damaged_files(self, trained, images, tmp_path, command, capsys):
-        outcomes = collections.Counter()
-        for seed in seeds(12):
-            suffix, content, kind = damaged(seed, {'.pth.tar': trained})
-            path = tmp_path / f'{seed}{suffix}'
-            path.write_bytes(content)
-            try:
-                self.run(command, path, images, tmp_path / f'out{seed}')
-                outcomes[kind, 'loads'] += 1
-            except (SystemExit, ValueError, RuntimeError) as e:
-                assert str(path) in str(e) and 'weights_only' not in str(e), (seed, kind, e)
-                outcomes[kind, 'error'] += 1
-            path.unlink()
-        print(f'{command}: {dict(sorted(outcomes.items()))}')
-        assert all(outcomes[kind, 'error'] for kind in ('truncated', 'flipped'))
-        assert not {kind for kind, what in outcomes if what == 'loads'} & {'truncated', 'overwritten'}
 
-    @pytest.mark.parametrize('command', ['convert'])
-    def test_whole_file(self, trained, images, tmp_path, command):
-        (tmp_path / 'x.pth.tar').write_bytes(trained)
-        self.run(command, tmp_path / 'x.pth.tar', images, tmp_path / 'out')
+def run_command(command, path, images, output):
+    if command == 'validate':
+        validate.main([str(images), '--checkpoint', str(path), '--device', 'cpu', '--workers', '0'])
+    elif command == 'convert':
+        convert(str(path), output)
+    else:
+        run_training(images, output, command, path)
+
+
+COMMANDS = ['convert', 'validate', '--initial-checkpoint', '--resume']
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_on_damaged_files(trained, images, tmp_path, command, cases):
+    outcomes = collections.Counter()
+    for i, rng in enumerate(cases(12)):
+        suffix, content, kind = damaged(rng, {'.pth.tar': trained})
+        path = tmp_path / f'{i}{suffix}'
+        path.write_bytes(content)
+        try:
+            run_command(command, path, images, tmp_path / f'out{i}')
+            outcomes[kind, 'loads'] += 1
+        except (SystemExit, ValueError, RuntimeError) as e:
+            assert str(path) in str(e) and 'weights_only' not in str(e), (kind, e)
+            outcomes[kind, 'error'] += 1
+        path.unlink()
+    print(f'{command}: {dict(sorted(outcomes.items()))}')
+    assert not outcomes['truncated', 'loads']
+    assert sum(outcomes.values()) < 12 or outcomes['truncated', 'error'] and outcomes['flipped', 'error']
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_on_a_whole_file(trained, images, tmp_path, command):
+    (tmp_path / 'x.pth.tar').write_bytes(trained)
+    run_command(command, tmp_path / 'x.pth.tar', images, tmp_path / 'out')

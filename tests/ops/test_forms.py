@@ -6,7 +6,7 @@ from timm_ssm.ops import bidirectional_selective_scan, selective_scan
 from timm_ssm.ops.backends import BACKENDS
 from timm_ssm.ops.naive import selective_scan_naive
 
-from .test_kernels import device_of, serve
+from .test_kernels import device_of
 from .utils import grads, pairs, relative_error, scan_inputs
 
 pytestmark = pytest.mark.parametrize('backend', BACKENDS)
@@ -31,7 +31,7 @@ def test_states(backend, reverse):
             u, delta, A, B, torch.ones_like(B), delta_bias=delta_bias, reverse=reverse, backend=backend)
 
     arguments = dict(u=u, delta=delta, A=A, B=B, delta_bias=bias)
-    out, got = serve(grads, scan, arguments)
+    out, got = grads(scan, arguments)
     want_out, want = grads(states, arguments)
     assert relative_error(out, want_out) < 2e-5
     for name, gradient in got.items():
@@ -57,7 +57,7 @@ def test_four_directions(backend):
             merged[k] = torch.stack((first[k], columns(second[k])), 2)
         return merged
 
-    out = serve(bidirectional_selective_scan, **pairs(fused(*ways[:2]), fused(*ways[2:])), backend=backend)
+    out = bidirectional_selective_scan(**pairs(fused(*ways[:2]), fused(*ways[2:])), backend=backend)
     for half, (i, j) in zip(out.chunk(2, -1), ((0, 2), (1, 3))):
         tokens = columns if i == 1 else lambda x: x
         first, second = ({k: tokens(v) if v.ndim == 3 else v for k, v in ways[n].items()} for n in (i, j))

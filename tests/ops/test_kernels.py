@@ -1,16 +1,19 @@
 """Every backend against the specification in `ops/naive.py`: forward and every gradient, in one file.
 
-A backend that is not available here is skipped with its reason; one that refuses a call at dispatch is skipped too,
-and `test_serves` pins down what each must serve. Triton runs on the GPU, or on the CPU through its interpreter
+A backend that is not available here is skipped with its reason. Of the others each must serve the calls that its row of
+the capability table includes, and refuse the rest. Triton runs on the GPU, or on the CPU through its interpreter
 (TRITON_INTERPRET=1), there with small shapes only.
 """
 import itertools
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from timm_ssm.ops import (
+    backends,
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
@@ -21,6 +24,7 @@ from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
 
 from .utils import grads, pairs, relative_error, scan_inputs, too_old_to_interpret
 
+ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FORMS = [
     dict(),
@@ -45,13 +49,32 @@ def interpreted(backend: str) -> bool:
     return backend == 'triton' and not torch.cuda.is_available()
 
 
-def serve(fn, *args, **kwargs):
-    try:
-        return fn(*args, **kwargs)
-    except RuntimeError as e:
-        if 'cannot serve this call' in str(e):
-            pytest.skip(str(e))
-        raise
+def serve(fn, *args, backend, **kwargs):
+    """`fn`, an op or `grads` of one, on a backend that must serve the call, or refuse it if its row of the capability
+    table does."""
+    call = {**kwargs, **next((arg for arg in args if isinstance(arg, dict)), {})}
+    reason = excluded(BACKENDS[backend], call)
+    if reason is None:
+        return fn(*args, **kwargs, backend=backend)
+    with pytest.raises(RuntimeError, match='cannot serve this call'):
+        fn(*args, **kwargs, backend=backend)
+    pytest.skip(f'{backend} does not list {reason}, and refuses it')
+
+
+def excluded(row, call):
+    """What about a call's arguments a backend does not list."""
+    first = {k: v[0] if isinstance(v, tuple) else v for k, v in call.items()}
+    x = first['u'] if 'u' in first else first['x']
+    if x.dtype not in row.dtypes:
+        return str(x.dtype)
+    if x.numel() == 0 and not row.empty:
+        return 'empty inputs'
+    if 'A' in first and row.max_d_state and first['A'].shape[1] > row.max_d_state:
+        return f'{first["A"].shape[1]} states'
+    if 'weight' in first and row.kernel_sizes and first['weight'].shape[1] not in row.kernel_sizes:
+        return f'{first["weight"].shape[1]} taps'
+    forms = (form for form in ('residual', 'mask_diagonal', 'centered') if call.get(form))
+    return next((form for form in forms if form not in row.forms), None)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -207,6 +230,8 @@ def test_scan_large_delta(backend):
 
 
 def test_scan_deterministic(backend):
+    if not BACKENDS[backend].deterministic:
+        pytest.skip('it does not promise to be')
     device = device_of(backend)
     length, times = (34, 1) if interpreted(backend) else (70, 3)
     inputs = scan_inputs(length=length, channels=40, device=device)
@@ -217,13 +242,24 @@ def test_scan_deterministic(backend):
         assert all(torch.equal(got[k], first[k]) for k in got)
 
 
-def test_scan_finite_when_poisoned(backend):
-    """Freed memory full of NaN shows whatever a kernel forgets to write."""
-    device = device_of(backend)
-    inputs = scan_inputs(device=device, channels=40)
-    torch.full((1 << 20,), float('nan'), device=device)
-    out, got = serve(grads, selective_scan, inputs, backend=backend)
-    assert out.isfinite().all() and all(g.isfinite().all() for g in got.values())
+@pytest.fixture
+def poisoned(monkeypatch):
+    """PyTorch fills whatever memory it hands out uninitialised with NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1000).isnan().all() and torch.empty_like(torch.ones(1000)).isnan().all()
+    assert torch.ones(1).new_empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_all_results_are_written(backend, poisoned, bidirectional):
+    """A number that a kernel forgets to write is NaN."""
+    check_scan(backend, channels=40, length=37, bidirectional=bidirectional)
+    check_scan(backend, channels=40, length=0, bidirectional=bidirectional)
+    check_conv(backend, channels=40, bidirectional=bidirectional)
+    check_conv(backend, length=0, bidirectional=bidirectional)
 
 
 # The convolution
@@ -311,24 +347,39 @@ def test_conv_deterministic(backend):
         assert torch.equal(out, first_out) and all(torch.equal(got[k], first[k]) for k in got)
 
 
-# What each backend must serve, so that a refusal is never a silent hole in the tests above
+# The capability table
 
-SERVES = {
-    'naive': set(TOLERANCE),
-    'eager': set(TOLERANCE),
-    'native': set(TOLERANCE),
-    'triton': set(TOLERANCE),
-}
+def test_documented_capabilities():
+    """docs/kernels.md lists what each backend's row says."""
+    text = (ROOT / 'docs' / 'kernels.md').read_text()
+    lines = [line.strip('|').split('|') for line in text.splitlines() if line.startswith('| `')]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    documented = {row[0].strip('`'): row[1:] for row in rows if row[0].strip('`') in BACKENDS}
+    wanted = {}
+    for name, row in BACKENDS.items():
+        devices = {('cuda', 'cpu'): 'cuda', (): 'all'}.get(row.devices, ', '.join(row.devices))  # cpu: the interpreter
+        dtypes = ', '.join(str(dtype).removeprefix('torch.') for dtype in row.dtypes)
+        wanted[name] = [
+            devices,
+            'all' if set(row.dtypes) == set(TOLERANCE) else dtypes,
+            'all' if row.max_d_state is None else f'up to {row.max_d_state}',
+            'all' if row.kernel_sizes is None else ', '.join(map(str, row.kernel_sizes)),
+            'all' if set(row.forms) == {'residual', 'mask_diagonal', 'centered'} else ', '.join(row.forms) or 'none',
+            'yes' if row.empty else 'no',
+            'yes' if row.deterministic else 'no',
+        ]
+    assert documented == wanted
 
 
-@pytest.mark.parametrize('name', SERVES)
-def test_serves(name):
-    if name not in BACKENDS:
-        pytest.skip(f'{name} is not built in')
-    device = device_of(name)
-    for dtype in SERVES[name]:
-        selective_scan(**scan_inputs(length=3, dtype=dtype, device=device), backend=name)
-        causal_conv1d(**conv_inputs(length=3, dtype=dtype, device=device), backend=name)
+def test_documented_code(monkeypatch):
+    """The snippets of docs/kernels.md, a backend of one's own among them."""
+    text = (ROOT / 'docs' / 'kernels.md').read_text()
+    monkeypatch.setattr(backends, 'BACKENDS', dict(BACKENDS))
+    names = {}
+    exec('\n'.join(re.findall(r'```python\n(.*?)```', text, re.DOTALL)), names)
+    torch.testing.assert_close(names['same'], names['out'], rtol=1e-4, atol=1e-4)
+    for file in re.findall(r'`([a-z_/0-9]+\.(?:py|h))`', text):
+        assert any((ROOT / folder / file).exists() for folder in ('.', 'timm_ssm/ops', 'timm_ssm/ops/backends')), file
 
 
 def test_interpreter_is_on():

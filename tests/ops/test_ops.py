@@ -344,6 +344,21 @@ def test_save_false_is_kept():
         out.sum().backward()
 
 
+def test_op_takes_strided_parameters():
+    """A graph that calls the op past the public function may hold parameters in another layout."""
+    inputs = scan_inputs()
+    lists = [[inputs[k]] for k in ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')]
+    flags = (inputs['z'], True, [False], False, [False], False, '')
+    want = torch.ops.timm_ssm.selective_scan(*lists, *flags)[0]
+    lists[2] = [inputs['A'].t().contiguous().t()]
+    lists[5] = [torch.stack((inputs['D'], inputs['D'] + 1), 1)[:, 0]]
+    assert torch.equal(torch.ops.timm_ssm.selective_scan(*lists, *flags)[0], want)
+    x, w = torch.randn(1, 5, 4), torch.randn(4, 3)
+    want, = torch.ops.timm_ssm.causal_conv1d(x, [w], [], True, [False], False, '')
+    got, = torch.ops.timm_ssm.causal_conv1d(x, [w.t().contiguous().t()], [], True, [False], False, '')
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize('train', [False, True])
 def test_meta_is_shapes_alone(train):
     """A whole model on the meta device: each op is one dispatch, however many tokens there are."""

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,10 +36,10 @@ def check(fn, reference, inputs, tolerance, **form):
 
 @pytest.mark.skipif(bool(too_old_to_interpret()), reason=too_old_to_interpret())
 @pytest.mark.parametrize('form', [dict(), dict(residual=True, mask_diagonal=True)], ids=str)
-def test_split(monkeypatch, form):
-    """A sequence in stretches of tokens that meet, as long ones at small batch are cut."""
+def test_segments(monkeypatch, form):
+    """A sequence in segments of tokens that meet, as long ones at small batch are cut."""
     def cut(call, directions=1):
-        return common.plan(call, directions)._replace(splits=3, span=32)
+        return common.plan(call, directions)._replace(segments=3, segment_size=32)
 
     for module in (forward, backward):
         monkeypatch.setattr(module, 'plan', cut)
@@ -48,13 +49,14 @@ def test_split(monkeypatch, form):
 
 
 @pytest.mark.parametrize('length', [4 * 32 * 2 + 9, 1000])
-def test_stretches_are_whole_chunks(monkeypatch, length):
+def test_segments_are_whole_chunks(monkeypatch, length):
     call = call_of(scan_inputs(batch=1, length=length, channels=3))
     monkeypatch.setattr(common, 'processors', lambda device: 1 << 20)
     p = common.plan(call)
-    assert p.splits > 1 and p.span % 32 == 0 and (p.splits - 1) * p.span < length <= p.splits * p.span
+    assert p.segments > 1 and p.segment_size % 32 == 0
+    assert (p.segments - 1) * p.segment_size < length <= p.segments * p.segment_size
     monkeypatch.setattr(common, 'processors', lambda device: 1)
-    assert common.plan(call_of(scan_inputs(batch=16, length=length, channels=3))).splits == 1
+    assert common.plan(call_of(scan_inputs(batch=16, length=length, channels=3))).segments == 1
 
 
 def call_of(inputs):
@@ -74,6 +76,48 @@ def test_gpu_variant(monkeypatch, reduce, channels):
         monkeypatch.setattr(common, 'processors', lambda device: 0)
     inputs = scan_inputs(batch=1, length=11, channels=channels, d_state=3)
     check(selective_scan, selective_scan_naive, inputs, 2e-5, residual=True, mask_diagonal=True)
+
+
+def tf32(x):
+    """float32 rounded to the 11 significant bits of TF32, to the nearest."""
+    return ((x.astype(np.float32).view(np.uint32) + 0x1000) & 0xffffe000).view(np.float32)
+
+
+@pytest.mark.skipif(bool(too_old_to_interpret()), reason=too_old_to_interpret())
+@pytest.mark.parametrize('reduce, bound', [('tf32', 2 ** -11), ('tf32x3', 1e-6)])
+def test_error_of_tensor_cores(monkeypatch, reduce, bound):
+    """dB and dC as sums over channels of terms in TF32: their error is what the docstring and docs/kernels.md say.
+
+    The interpreter's products are exact, hence rounded here as a tensor core rounds.
+    """
+    monkeypatch.setattr(backward, 'tuning', lambda x, n_pow2: dict(AT_ONCE=1, REDUCE=reduce))
+    if DEVICE == 'cpu':
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+        exact = InterpreterBuilder.create_dot
+        precisions = []
+
+        def rounded(self, a, b, d, input_precision, *args):
+            precisions.append(str(input_precision).rpartition('.')[2].lower())
+            if precisions[-1] == 'tf32':
+                a = TensorHandle(tf32(a.data), a.dtype)
+            return exact(self, a, b, d, input_precision, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, 'create_dot', rounded)
+
+    inputs = scan_inputs(batch=1, length=9, channels=32, d_state=2, device=DEVICE)
+    _, got = grads(selective_scan, inputs, backend='triton')
+    wide = {k: v.double().cpu() for k, v in inputs.items()}
+    # one group a channel: the gradients of B and C are the terms themselves
+    wide.update({k: wide[k].unsqueeze(2).expand(-1, -1, 32, -1) for k in ('B', 'C')})
+    _, terms = grads(selective_scan_naive, wide)
+    if DEVICE == 'cpu':
+        assert set(precisions) == {reduce}
+    errors = []
+    for name in ('B', 'C'):
+        error = (got[name].cpu().double() - terms[name].sum(2)).abs()
+        errors.append((error / terms[name].abs().sum(2)).max().item())
+    assert max(errors) <= bound, errors
+    assert reduce == 'tf32x3' or max(errors) > 1e-5  # it did round
 
 
 def test_refuses_many_states():

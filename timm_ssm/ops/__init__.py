@@ -1,4 +1,4 @@
-"""The kernels: the selective scan and the short convolution, one meaning each and several machines that run them."""
+"""The selective scan and the short convolution: reference semantics with several backends."""
 from .backends import backend_report
 from .causal_conv1d import bidirectional_causal_conv1d, causal_conv1d
 from .selective_scan import bidirectional_selective_scan, selective_scan

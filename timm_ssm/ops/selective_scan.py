@@ -59,8 +59,11 @@ def selective_scan(  # no keyword-only arguments: TorchScript refuses them
 
     u, delta, B, C and z are activations: they share one dtype of float32, bfloat16, float16 or float64, and the result
     has it too. A, D and delta_bias are parameters. The recurrence, its parameters and all sums are float32 (float64
-    for float64 activations). Under autocast activations are cast to the autocast dtype, parameters are not.
-    Tensors may be non-contiguous. Results and gradients are deterministic. Second derivatives are not defined.
+    for float64 activations), but for one: on NVIDIA GPUs the gradients of B and C of bfloat16 and float16 calls are
+    sums over channels of terms rounded to TF32, off by at most 2^-11 of the sum of the terms' magnitudes. Under
+    autocast activations are cast to the autocast dtype, parameters are not. Tensors may be non-contiguous. Results and
+    gradients are the same bits each time on every backend but mamba_ssm, whose backward pass adds in any order. Second
+    derivatives are not defined, except under torch.func, whose transforms run the op as plain PyTorch operators.
 
     Args:
         u: Input (B, L, D).

@@ -154,6 +154,7 @@ class Native(Backend):
             _run_conv(_lib.timm_ssm_conv_backward, call, grad_outs, dx, dweights, dbiases)
         return dx, [_sum(d) for d in dweights], [_sum(d) for d in dbiases]
 
+
 def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, ...]:
     """Address and strides of batch, token and group (which ungrouped tensors do not use): `Tensor` in native.h.
 
@@ -167,6 +168,20 @@ def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, 
         alive.append(x)
         stride = x.stride()
     return x.data_ptr(), stride[0], stride[1], stride[2]
+
+
+def _parameter(xs: List[torch.Tensor], i: int, alive: List[torch.Tensor]) -> int:
+    """Address of direction i's parameter, 0 if there is none.
+
+    The public functions hand over contiguous ones; a graph that calls the op itself may not, and is copied from.
+    """
+    if not xs:
+        return 0
+    x = xs[i]
+    if not x.is_contiguous():
+        x = x.contiguous()
+        alive.append(x)
+    return x.data_ptr()
 
 
 def _run(function: Callable[[bytes], int], dtype: torch.dtype, fields: List[int]) -> None:
@@ -195,8 +210,8 @@ def _run_scan(
         for xs in (call.u, call.delta, call.B, call.C):
             fields += _tensor(xs[i], alive)
         fields += (
-            call.A[i].data_ptr(), call.D[i].data_ptr() if call.D else 0,
-            call.delta_bias[i].data_ptr() if call.delta_bias else 0, 0 if states is None else states[i].data_ptr(),
+            _parameter(call.A, i, alive), _parameter(call.D, i, alive), _parameter(call.delta_bias, i, alive),
+            0 if states is None else states[i].data_ptr(),
             call.reverse[i], call.mask_diagonal[i])
         if grads is None:
             fields += _NO_GRADS
@@ -233,7 +248,7 @@ def _run_conv(
         *_tensor(dx, alive)]
     for i, out in enumerate(outs):
         fields += (
-            call.weight[i].data_ptr(), call.bias[i].data_ptr() if call.bias else 0, call.reverse[i],
+            _parameter(call.weight, i, alive), _parameter(call.bias, i, alive), call.reverse[i],
             *_tensor(out, alive),
             dweights[i].data_ptr() if dweights else 0, dbiases[i].data_ptr() if dbiases else 0)
     _run(function, x.dtype, fields)

@@ -18,18 +18,18 @@ from .common import (
     flags,
     grouped,
     in_memory,
+    last_contiguous,
     load_A,
-    load_row,
+    load_BC,
     load_token,
     parameters,
     plan,
-    row,
-    rows,
+    put_token,
     sigmoid,
     softplus,
     softplus_derivative,
     strides,
-    with_row,
+    take_token,
 )
 from .forward import enter
 
@@ -104,7 +104,7 @@ def _untranspose_kernel(
 @triton.jit
 def _carry_direction(
         delta_ptr, C_ptr, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
-        split, c, mask, length, channels, span, delta_l, C_l, z_l,
+        segment, c, mask, length, channels, segment_size, delta_l, C_l, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
         HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
 ):
@@ -116,15 +116,15 @@ def _carry_direction(
     A = load_A(params_ptr + tile, tile_mask) * LOG2E
     if HAS_BIAS:
         bias = tl.load(params_ptr + (N + 1) * channels + c, mask=mask, other=0.)
-    begin = split.to(tl.int64) * span
-    s = tl.minimum(begin + span, length) - 1
+    begin = segment.to(tl.int64) * segment_size
+    s = tl.minimum(begin + segment_size, length) - 1
     e = tl.zeros([N_POW2, c.shape[0]], acc)
     total = tl.zeros([c.shape[0]], acc)
     while s >= begin:
         t = in_memory(s, length, REVERSE)
         dt = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.).to(acc)
         dy = tl.load(grad_ptr + t * channels + c, mask=mask, other=0.).to(acc)
-        C = load_row(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
+        C = load_BC(C_ptr + t * C_l, n, N, N_POW2, ALIGNED).to(acc)
         if HAS_Z:
             z = tl.load(z_ptr + t * z_l + c, mask=mask, other=0.).to(acc)
             dy *= z * sigmoid(z)
@@ -135,46 +135,46 @@ def _carry_direction(
         e = tl.exp2(dt[None, :] * A) * (e + dy[None, :] * C[:, None])
         total += dt
         s -= 1
-    tl.store(carries_ptr + split.to(tl.int64) * N * channels + tile, e, mask=tile_mask)
-    tl.store(sums_ptr + split.to(tl.int64) * channels + c, total, mask=mask)
+    tl.store(carries_ptr + segment.to(tl.int64) * N * channels + tile, e, mask=tile_mask)
+    tl.store(sums_ptr + segment.to(tl.int64) * channels + c, total, mask=mask)
 
 
 @triton.jit
 def _scan_carry(
         delta0_ptr, delta1_ptr, C0_ptr, C1_ptr, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
-        batch, length, channels, per_group, blocks, splits, span,
+        batch, length, channels, per_group, blocks, segments, segment_size,
         delta_b, delta_l, C_b, C_l, C_g, z_b, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, DIRECTIONS: tl.constexpr,
         SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
 ):
-    """What a stretch of tokens adds to the gradient that it hands to the tokens before it:
+    """What a segment of tokens adds to the gradient that it hands to the tokens before it:
 
         e[t] = exp(dt A) (e[t+1] + dy C),  dL/dh[t-1] by way of h[t]
 
-    from e = 0 at the end of the stretch (in `carries`), and the stretch's sum of dt (in `sums`).
+    from e = 0 at the end of the segment (in `carries`), and the segment's sum of dt (in `sums`).
     """
     pid = tl.program_id(0)
     block = pid % blocks
-    split = (pid // blocks) % splits
-    item = (pid // blocks // splits).to(tl.int64)
+    segment = (pid // blocks) % segments
+    item = (pid // blocks // segments).to(tl.int64)
     b = item % batch
     g, c, mask = block_channels(block, per_group, BLOCK, VECTOR)
     z_ptr += b * z_b
     grad_ptr += b * length * channels
-    carries_ptr += item * splits * N * channels
-    sums_ptr += item * splits * channels
+    carries_ptr += item * segments * N * channels
+    sums_ptr += item * segments * channels
     if item < batch:
         _carry_direction(
             delta0_ptr + b * delta_b, C0_ptr + b * C_b + g * C_g, z_ptr, grad_ptr, params_ptr, carries_ptr, sums_ptr,
-            split, c, mask, length, channels, span, delta_l, C_l, z_l,
+            segment, c, mask, length, channels, segment_size, delta_l, C_l, z_l,
             N, N_POW2, ALIGNED, REVERSE0, SOFTPLUS, HAS_BIAS, HAS_Z,
         )
     elif DIRECTIONS == 2:
         _carry_direction(
             delta1_ptr + b * delta_b, C1_ptr + b * C_b + g * C_g, z_ptr, grad_ptr, params_ptr + (N + 2) * channels,
             carries_ptr, sums_ptr,
-            split, c, mask, length, channels, span, delta_l, C_l, z_l,
+            segment, c, mask, length, channels, segment_size, delta_l, C_l, z_l,
             N, N_POW2, ALIGNED, REVERSE1, SOFTPLUS, HAS_BIAS, HAS_Z,
         )
 
@@ -183,7 +183,7 @@ def _scan_carry(
 def _backward_direction(
         u_ptr, delta_ptr, B_ptr, z_ptr, params_ptr, bc_ptr, states_ptr, starts_ptr, carries_ptr, grad_ptr, y_ptr,
         du_ptr, ddelta_ptr, dz_ptr, dbc_ptr, dparams_ptr,
-        split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
+        segment, c, mask, length, channels, padded, segment_size, u_l, delta_l, B_l, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
         REVERSE: tl.constexpr, MASK_DIAGONAL: tl.constexpr, SOFTPLUS: tl.constexpr, RESIDUAL: tl.constexpr,
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, WRITE_DZ: tl.constexpr,
@@ -204,8 +204,8 @@ def _backward_direction(
     r = tl.arange(0, TILE)
     c3 = c[None, None, :]
 
-    begin = split.to(tl.int64) * span
-    end = tl.minimum(begin + span, length)
+    begin = segment.to(tl.int64) * segment_size
+    end = tl.minimum(begin + segment_size, length)
     chunk = (end - 1) // CHUNK_SIZE * CHUNK_SIZE
     while chunk >= begin:
         # first the states before each tile of the chunk, from its first token to the last tile
@@ -278,17 +278,17 @@ def _backward_direction(
 
                 decayed = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # exp(dt A) h[t-1]
                 for k in tl.static_range(TILE):
-                    hn *= row(a, k, r)
-                    decayed = with_row(decayed, k, r, hn)
-                    hn += row(own, k, r)
+                    hn *= take_token(a, k, r)
+                    decayed = put_token(decayed, k, r, hn)
+                    hn += take_token(own, k, r)
                 g = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # dL/dh
                 g_own = g  # dL/d(dt B u)
                 for k in tl.static_range(TILE):
                     if MASK_DIAGONAL:
-                        g_own = with_row(g_own, TILE - 1 - k, r, en)
-                    en += row(dseen, TILE - 1 - k, r)
-                    g = with_row(g, TILE - 1 - k, r, en)
-                    en *= row(a, TILE - 1 - k, r)
+                        g_own = put_token(g_own, TILE - 1 - k, r, en)
+                    en += take_token(dseen, TILE - 1 - k, r)
+                    g = put_token(g, TILE - 1 - k, r, en)
+                    en *= take_token(a, TILE - 1 - k, r)
                 tl.store(carries_ptr + at_n, en, mask=at_n_mask)
 
                 if MASK_DIAGONAL:
@@ -339,7 +339,7 @@ def _scan_backward(
         u0_ptr, u1_ptr, delta0_ptr, delta1_ptr, B0_ptr, B1_ptr, z_ptr, params_ptr, bc_ptr, states_ptr,
         starts_ptr, carries_ptr, grad_ptr, y_ptr,
         du0_ptr, du1_ptr, ddelta0_ptr, ddelta1_ptr, dz_ptr, dbc_ptr, dparams_ptr,
-        batch, length, channels, groups, per_group, blocks, splits, span, chunks, padded,
+        batch, length, channels, groups, per_group, blocks, segments, segment_size, chunks, padded,
         u_b, u_l, delta_b, delta_l, B_b, B_l, B_g, z_b, z_l,
         N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
         DIRECTIONS: tl.constexpr, REVERSE0: tl.constexpr, REVERSE1: tl.constexpr,
@@ -347,7 +347,7 @@ def _scan_backward(
         HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, CHUNK_SIZE: tl.constexpr,
         TILE: tl.constexpr, AT_ONCE: tl.constexpr, REDUCE: tl.constexpr,
 ):
-    """A block of channels of one batch item and one direction over one stretch of tokens, AT_ONCE states at a time: one
+    """A block of channels of one batch item and one direction over one segment of tokens, AT_ONCE states at a time: one
     for want of registers, all in the interpreter for want of patience.
 
     With g[t] = dL/dh[t] and e[t] = exp(dt A) g[t], what reaches h[t-1] by way of h[t]:
@@ -359,24 +359,24 @@ def _scan_backward(
     """
     pid = tl.program_id(0)
     block = pid % blocks
-    split = (pid // blocks) % splits
-    item = (pid // blocks // splits).to(tl.int64)
+    segment = (pid // blocks) % segments
+    item = (pid // blocks // segments).to(tl.int64)
     b = item % batch
     g, c, mask = block_channels(block, per_group, BLOCK, VECTOR)
     z_ptr += b * z_b
     bc_ptr += (item * groups + g) * 2 * N * padded
     states_ptr += item * chunks * N * channels
-    starts_ptr += (item * splits + split) * (CHUNK_SIZE // TILE) * N * channels
-    carries_ptr += (item * splits + split) * N * channels
+    starts_ptr += (item * segments + segment) * (CHUNK_SIZE // TILE) * N * channels
+    carries_ptr += (item * segments + segment) * N * channels
     token = b * length * channels
     dbc_ptr += (item * blocks + block) * 2 * N * padded
-    dparams_ptr += (item * splits + split) * (N + 2) * channels
+    dparams_ptr += (item * segments + segment) * (N + 2) * channels
     if item < batch:
         _backward_direction(
             u0_ptr + b * u_b, delta0_ptr + b * delta_b, B0_ptr + b * B_b + g * B_g, z_ptr, params_ptr, bc_ptr,
             states_ptr, starts_ptr, carries_ptr, grad_ptr + token, y_ptr + token,
             du0_ptr + token, ddelta0_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
-            split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
+            segment, c, mask, length, channels, padded, segment_size, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, ALIGNED, REVERSE0, MASK0, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, HAS_Z,
             CHUNK_SIZE, TILE, AT_ONCE, REDUCE,
         )
@@ -386,7 +386,7 @@ def _scan_backward(
             params_ptr + (N + 2) * channels, bc_ptr,
             states_ptr, starts_ptr, carries_ptr, grad_ptr + token, y_ptr + token,
             du1_ptr + token, ddelta1_ptr + token, dz_ptr + token, dbc_ptr, dparams_ptr,
-            split, c, mask, length, channels, padded, span, u_l, delta_l, B_l, z_l,
+            segment, c, mask, length, channels, padded, segment_size, u_l, delta_l, B_l, z_l,
             N, N_POW2, BLOCK, ALIGNED, REVERSE1, MASK1, SOFTPLUS, RESIDUAL, HAS_D, HAS_BIAS, HAS_Z, False,
             CHUNK_SIZE, TILE, AT_ONCE, REDUCE,
         )
@@ -412,7 +412,7 @@ def scan_backward(
     u, delta, B, C = directions(call.u), directions(call.delta), grouped(call.B), grouped(call.C)
     batch, length, channels = u[0].shape
     n_directions, d_state, groups = len(call.u), call.A[0].shape[1], B[0].shape[2]
-    z = None if call.z is None else rows(call.z)
+    z = None if call.z is None else last_contiguous(call.z)
     grad_out = grad_out.contiguous()
     du = [u[0].new_empty(u[0].shape) for _ in range(n_directions)]
     ddelta = [u[0].new_empty(u[0].shape) for _ in range(n_directions)]
@@ -424,12 +424,12 @@ def scan_backward(
     padded = chunks * CHUNK_SIZE
     with device_guard(grad_out):
         params = parameters(call)
-        dparams = params.new_zeros(n_directions, batch * p.splits, d_state + 2, channels)
+        dparams = params.new_zeros(n_directions, batch * p.segments, d_state + 2, channels)
         dB, dC = (u[0].new_zeros(n_directions, batch, length, groups, d_state) for _ in range(2))
         if not empty:
             bc = params.new_empty(n_directions, batch, groups, 2, d_state, padded)
             dbc = params.new_empty(n_directions, batch, p.blocks, 2, d_state, padded)
-            starts = params.new_empty(n_directions, batch, p.splits, CHUNK_SIZE // TILE, d_state, channels)
+            starts = params.new_empty(n_directions, batch, p.segments, CHUNK_SIZE // TILE, d_state, channels)
             z_ = grad_out if z is None else z
             shared = flags(call, p)
             order = dict(REVERSE0=call.reverse[0], REVERSE1=call.reverse[-1])
@@ -439,22 +439,22 @@ def scan_backward(
             _transpose_kernel[(n_directions * batch * groups * chunks,)](
                 *B, *C, bc, batch, length, groups, padded, *strides(B[0], 0, 1, 2), *strides(C[0], 0, 1, 2),
                 **states_of, **order, CHUNK_SIZE=CHUNK_SIZE, num_warps=1, **OPTIONS)
-            carries = params.new_zeros(n_directions, batch, p.splits, d_state, channels)
-            if p.splits > 1:
-                sums = params.new_empty(n_directions, batch, p.splits, channels)
-                _scan_carry[(n_directions * batch * p.splits * p.blocks,)](
+            carries = params.new_zeros(n_directions, batch, p.segments, d_state, channels)
+            if p.segments > 1:
+                sums = params.new_empty(n_directions, batch, p.segments, channels)
+                _scan_carry[(n_directions * batch * p.segments * p.blocks,)](
                     *delta, *C, z_, grad_out, params, carries, sums,
-                    batch, length, channels, p.per_group, p.blocks, p.splits, p.span,
+                    batch, length, channels, p.per_group, p.blocks, p.segments, p.segment_size,
                     *strides(delta[0], 0, 1), *strides(C[0], 0, 1, 2), *strides(z_, 0, 1),
                     DIRECTIONS=n_directions, ALIGNED=alignment(C), **order, **forms, **shared)
                 enter[(n_directions * batch * p.blocks,)](
                     *u, params, carries, sums,
-                    batch, length, channels, p.per_group, p.blocks, p.splits, *strides(u[0], 0, 1),
+                    batch, length, channels, p.per_group, p.blocks, p.segments, *strides(u[0], 0, 1),
                     DESCENDING0=True, DESCENDING1=True, RESIDUAL=False, **shared)
-            _scan_backward[(n_directions * batch * p.splits * p.blocks,)](
+            _scan_backward[(n_directions * batch * p.segments * p.blocks,)](
                 *u, *delta, *B, z_, params, bc, states, starts, carries, grad_out, y if z is not None else grad_out,
                 du[0], du[-1], ddelta[0], ddelta[-1], grad_out if dz is None else dz, dbc, dparams,
-                batch, length, channels, groups, p.per_group, p.blocks, p.splits, p.span, chunks, padded,
+                batch, length, channels, groups, p.per_group, p.blocks, p.segments, p.segment_size, chunks, padded,
                 *strides(u[0], 0, 1), *strides(delta[0], 0, 1), *strides(B[0], 0, 1, 2), *strides(z_, 0, 1),
                 DIRECTIONS=n_directions, ALIGNED=alignment(B),
                 MASK0=call.mask_diagonal[0], MASK1=call.mask_diagonal[-1],

@@ -59,7 +59,7 @@ def load_A(ptr, mask):
 
 
 @triton.jit
-def load_row(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr):
+def load_BC(ptr, n, N: tl.constexpr, N_POW2: tl.constexpr, ALIGNED: tl.constexpr):
     """B or C of one token, zero beyond N. Slices of a projection are seldom aligned to what Triton finds out by itself,
     hence ALIGNED, in bytes: the loads of a row become one or two."""
     at = tl.multiple_of(ptr + n, ALIGNED)
@@ -85,11 +85,11 @@ def load_token(
     t = in_memory(s, length, REVERSE)
     u = tl.load(u_ptr + t * u_l + c, mask=mask, other=0.)
     delta = tl.load(delta_ptr + t * delta_l + c, mask=mask, other=0.)
-    return u, delta, load_row(B_ptr + t * B_l, n, N, N_POW2, ALIGNED)
+    return u, delta, load_BC(B_ptr + t * B_l, n, N, N_POW2, ALIGNED)
 
 
 @triton.jit
-def row(x, k: tl.constexpr, index):
+def take_token(x, k: tl.constexpr, index):
     """x[:, k] of a tile (a, b, c) whose middle axis, numbered by `index`, lies in the registers of one lane: a choice
     of registers, no code. The detour by integers lets the compiler drop the zeros, which it may not with floats."""
     integer: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
@@ -98,8 +98,8 @@ def row(x, k: tl.constexpr, index):
 
 
 @triton.jit
-def with_row(x, k: tl.constexpr, index, value):
-    """x with x[:, k] replaced; like `row`, no code."""
+def put_token(x, k: tl.constexpr, index, value):
+    """x with x[:, k] replaced; like `take_token`, no code."""
     return tl.where((index == k)[None, :, None], value[:, None, :], x)
 
 
@@ -124,13 +124,13 @@ OPTIONS = dict(num_stages=1, enable_fp_fusion=True)
 
 
 class Plan(NamedTuple):
-    """How the work of a scan is cut: into blocks of channels and, where these are few, into stretches of tokens."""
+    """How the work of a scan is cut: into blocks of channels and, where these are few, into segments of tokens."""
     groups: int
     per_group: int  # channels of a group
     block: int  # channels of a block
     blocks: int  # blocks of all groups
-    splits: int  # stretches of tokens
-    span: int  # tokens of a stretch, a multiple of CHUNK_SIZE
+    segments: int  # segments of tokens
+    segment_size: int  # tokens of a segment, a multiple of CHUNK_SIZE
 
 
 @cache
@@ -144,14 +144,14 @@ def device_guard(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.device.type == 'cuda' else contextlib.nullcontext()
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last axis is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def directions(xs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     """The tensors of both directions with one set of strides and a contiguous last axis; one direction stands twice."""
-    xs = [rows(x) for x in xs]
+    xs = [last_contiguous(x) for x in xs]
     if xs[0].stride() != xs[-1].stride():
         xs = [x.contiguous() for x in xs]
     return [xs[0], xs[-1]]
@@ -202,11 +202,11 @@ def plan(call: ScanCall, directions: int = 1, programs_per_processor: int = 8) -
     if wide_state or per_group <= 32 or batch * blocks(64) * directions < wanted:
         block = 32
     programs = batch * blocks(block) * directions
-    splits = 1
+    segments = 1
     if programs * 2 <= wanted:
-        splits = max(1, min(wanted // programs, length // (4 * CHUNK_SIZE)))
-    span = triton.cdiv(triton.cdiv(length, splits), CHUNK_SIZE) * CHUNK_SIZE
-    return Plan(groups, per_group, block, blocks(block), triton.cdiv(length, span), span)
+        segments = max(1, min(wanted // programs, length // (4 * CHUNK_SIZE)))
+    segment_size = triton.cdiv(triton.cdiv(length, segments), CHUNK_SIZE) * CHUNK_SIZE
+    return Plan(groups, per_group, block, blocks(block), triton.cdiv(length, segment_size), segment_size)
 
 
 def flags(call: ScanCall, p: Plan) -> dict:

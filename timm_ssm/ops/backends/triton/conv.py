@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from ...calls import ConvCall, ConvGradients, acc_dtype
-from .common import OPTIONS, device_guard, rows, sigmoid, strides
+from .common import OPTIONS, device_guard, last_contiguous, sigmoid, strides
 
 TOKENS = 16  # tokens of a tile
 BLOCK = 128  # channels of a tile
-SPAN = 128  # tokens of a program of the backward pass
+SEGMENT_SIZE = 128  # tokens of a program of the backward pass
 
 
 @triton.jit
@@ -63,25 +63,25 @@ def _conv_forward(
 @triton.jit
 def _conv_backward_activation(
         x_ptr, weight_ptr, bias_ptr, grad0_ptr, grad1_ptr, pre0_ptr, pre1_ptr, dparams_ptr,
-        batch, length, channels, spans, blocks, x_b, x_l,
+        batch, length, channels, segments, blocks, x_b, x_l,
         K: tl.constexpr, K1_POW2: tl.constexpr, BEFORE: tl.constexpr, DIRECTIONS: tl.constexpr,
         REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-        TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+        TOKENS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_SIZE: tl.constexpr,
 ):
-    """The gradient before the activation (in `pre`, if there is one), and by a stretch of tokens the share of the
+    """The gradient before the activation (in `pre`, if there is one), and by a segment of tokens the share of the
     gradients of weights and bias, as K + 1 rows (in `dparams`)."""
     acc = weight_ptr.dtype.element_ty
     pid = tl.program_id(0)
     c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = c < channels
-    span = ((pid // blocks) % spans).to(tl.int64)
-    b = (pid // blocks // spans).to(tl.int64)
+    segment = ((pid // blocks) % segments).to(tl.int64)
+    b = (pid // blocks // segments).to(tl.int64)
     x_ptr += b * x_b
     k1 = tl.arange(0, K1_POW2)
     for i in tl.static_range(DIRECTIONS):
         shares = tl.zeros([K1_POW2, BLOCK], acc)
-        begin = span * SPAN
-        while begin < tl.minimum((span + 1) * SPAN, length):
+        begin = segment * SEGMENT_SIZE
+        while begin < tl.minimum((segment + 1) * SEGMENT_SIZE, length):
             t = begin + tl.arange(0, TOKENS)
             live = (t < length)[:, None] & mask[None, :]
             at = (b * length + t)[:, None] * channels + c[None, :]
@@ -99,7 +99,7 @@ def _conv_backward_activation(
             if HAS_BIAS:
                 shares += tl.where((k1 == K)[:, None], tl.sum(g, 0)[None, :], 0.)
             begin += TOKENS
-        to = ((i * batch + b) * spans + span) * (K + 1) + k1
+        to = ((i * batch + b) * segments + segment) * (K + 1) + k1
         tl.store(
             dparams_ptr + to[:, None] * channels + c[None, :], shares, mask=(k1 < K + 1)[:, None] & mask[None, :])
 
@@ -134,7 +134,7 @@ def _prepare(call: ConvCall) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     weight = torch.stack([w.t() for w in call.weight]).to(acc)
     bias = torch.stack(tuple(call.bias)).to(acc) if call.bias else weight
     kernel_size = weight.shape[1]
-    return rows(call.x), weight, bias, dict(
+    return last_contiguous(call.x), weight, bias, dict(
         K=kernel_size,
         BEFORE=(kernel_size - 1) // 2 if call.centered else kernel_size - 1,
         DIRECTIONS=len(call.weight),
@@ -172,18 +172,18 @@ def conv_backward(
     n_directions, kernel_size = len(call.weight), call.weight[0].shape[1]
     dx = call.x.new_empty(call.x.shape)
     tiles, blocks = triton.cdiv(length, TOKENS), triton.cdiv(channels, BLOCK)
-    spans = triton.cdiv(length, SPAN)
+    segments = triton.cdiv(length, SEGMENT_SIZE)
     with device_guard(call.x):
         x, weight, bias, shared = _prepare(call)
-        dparams = weight.new_empty(n_directions, batch * spans, kernel_size + 1, channels)
+        dparams = weight.new_empty(n_directions, batch * segments, kernel_size + 1, channels)
         if dx.numel():
             grads = [g.contiguous() for g in grad_outs]
             pre = [torch.empty_like(g) for g in grads] if call.silu else grads
-            _conv_backward_activation[(batch * spans * blocks,)](
+            _conv_backward_activation[(batch * segments * blocks,)](
                 x, weight, bias, grads[0], grads[-1], pre[0], pre[-1], dparams,
-                batch, length, channels, spans, blocks, *strides(x, 0, 1),
+                batch, length, channels, segments, blocks, *strides(x, 0, 1),
                 K1_POW2=triton.next_power_of_2(kernel_size + 1), SILU=call.silu, HAS_BIAS=len(call.bias) > 0,
-                SPAN=SPAN, **shared)
+                SEGMENT_SIZE=SEGMENT_SIZE, **shared)
             _conv_backward_input[(batch * tiles * blocks,)](
                 pre[0], pre[-1], weight, dx, length, channels, tiles, blocks, **shared)
         dparams = dparams.sum(1)
