@@ -110,6 +110,12 @@ def _export(args: argparse.Namespace) -> None:
     print(f'run on inputs of {shapes}: outputs equal to {done.difference:.1g} of the largest')
 
 
+def _plot(args: argparse.Namespace) -> None:
+    from .training.plot import plot
+
+    print(f'{plot(args.folder, args.output)}: open it in a browser')
+
+
 def _env(args: argparse.Namespace) -> None:
     from . import env
 
@@ -183,6 +189,10 @@ def parser() -> argparse.ArgumentParser:
     # these parse their own flags, see main
     command('train', None, 'train a model, as train.py does')
     command('validate', None, 'measure the accuracy of models, as validate.py does')
+
+    p = command('plot', _plot, 'draw summary.csv and monitor.csv of runs as a page of curves')
+    p.add_argument('folder', nargs='+', metavar='RUN', help='folders of runs, to compare')
+    p.add_argument('--output', default='plot.html', metavar='FILE', help='page to write (default: plot.html)')
 
     command('env', _env, 'print versions, and which backends run here and why')
     return root

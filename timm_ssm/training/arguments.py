@@ -271,6 +271,15 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='keep the state after N epochs for good')
     add('--recovery-interval', type=at_least(0), default=0, metavar='N',
         help='optimiser steps between checkpoints within an epoch')
+    add('--monitor', action='store_true',
+        help='write statistics of gradients, steps, activations and scans to monitor.csv, for timm-ssm plot')
+    add('--monitor-interval', type=at_least(1), default=50, metavar='N', help='optimiser steps between two rows of it')
+    add('--on-spike', choices=('skip', 'rollback', 'stop'),
+        help='what to do about a batch whose loss is far above those before: leave it out, also go back to the latest '
+        'checkpoint, or end the run')
+    add('--spike-threshold', type=float, default=8., metavar='Z',
+        help='how far, in robust standard deviations of the latest 100 losses')
+    add('--max-spikes', type=at_least(0), default=20, metavar='N', help='spikes to put up with in a run')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME', help='its project')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run')

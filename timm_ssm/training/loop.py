@@ -1,9 +1,11 @@
 """The loop over training batches."""
 import argparse
+import logging
 import math
+import statistics
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from timm import utils
@@ -11,8 +13,11 @@ from timm.task import TrainingTask
 
 from .data import TrainBatches
 from .log import EpochLog
+from .monitor import Monitor, Spiked, SpikeDetector
 from .optim import create_autocast, create_loss_scaler
 from .processes import Stopped, StopSignal
+
+_logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
@@ -53,6 +58,11 @@ class Trainer:
         self.batches = batches
         self.autocast = create_autocast(args)
         self.loss_scaler = create_loss_scaler(args)
+        self.monitor: Optional[Monitor] = None  # of the first process
+        self.watching = False  # the monitor is to see the next step
+        self.spikes = SpikeDetector(args.spike_threshold) if args.on_spike else None
+        self.spiked = False  # in the batches of the next step
+        self.roll_back: Callable[[], None] = lambda: None
         self.clip_parameters = partial(task.get_clip_parameters, exclude_head=args.clip_mode == 'agc')
 
     def num_updates(self, progress: Progress) -> int:
@@ -71,6 +81,7 @@ class Trainer:
 
         Raises:
             NotFinite: A loss is infinite or not a number.
+            Spiked: A loss is a spike, and the run is to end then, or had too many.
             Stopped: Ended before, and saved a recovery.
         """
         args, task, optimizer = self.args, self.task, self.optimizer
@@ -84,8 +95,11 @@ class Trainer:
                 done = i + 1
                 update = done % accum == 0 or done == num_batches
                 # the last update of an epoch may have fewer batches
-                losses.append(self.backward(input, target, min(accum, num_batches - i // accum * accum), update))
+                self.watching = args.monitor and update and (num_updates + 1) % args.monitor_interval == 0
+                with nullcontext() if update else task.no_sync():
+                    losses.append(self.backward(input, target, min(accum, num_batches - i // accum * accum)))
                 if update:
+                    self.step()
                     num_updates += 1
                     optimizer.zero_grad()
                     task.update_ema(step=num_updates)
@@ -96,14 +110,20 @@ class Trainer:
                 within = update and done < num_batches
                 stopped = within and stop.agreed()
                 recover = stopped or (within and args.recovery_interval and num_updates % args.recovery_interval == 0)
-                if done % args.log_interval == 0 or done == num_batches or recover:
+                logged = done % args.log_interval == 0 or done == num_batches
+                if logged or recover or self.watching:
                     # only here does the loop wait for the device
                     values = self.read_losses(losses, start.epoch, done)
                     losses.clear()
                     for value in values:
                         loss_sum += value
                     lr = optimizer.param_groups[-1]['lr']
-                    log.show(done, f'loss {values[-1]:.4f} ({loss_sum / done:.4f})  lr {lr:.3e}')
+                    if logged or recover:
+                        log.show(done, f'loss {values[-1]:.4f} ({loss_sum / done:.4f})  lr {lr:.3e}')
+                    if self.monitor is not None:
+                        self.monitor.see_losses(values)
+                        if self.watching:
+                            self.monitor.record(start.epoch, num_updates, values[-1], lr, input, self.autocast)
                 if recover:
                     save_recovery(Progress(start.epoch, done, loss_sum))
                 if stopped:
@@ -112,25 +132,49 @@ class Trainer:
             optimizer.sync_lookahead()
         return Progress(start.epoch, num_batches, loss_sum)
 
-    def backward(self, input: torch.Tensor, target: torch.Tensor, accumulated: int, update: bool) -> torch.Tensor:
-        """The loss of a batch and its gradient, one of `accumulated` for an optimiser step, which `update` takes."""
-        args = self.args
+    def backward(self, input: torch.Tensor, target: torch.Tensor, accumulated: int) -> torch.Tensor:
+        """The loss of a batch and its gradient, one of `accumulated` for an optimiser step."""
+        with self.autocast():
+            loss = self.task(input, target)['loss']
+        if self.spikes is not None and self.is_spike(loss):
+            # the step is not taken, see `step`; for the mean of the epoch it is as if the batch had a usual loss
+            return loss.detach().new_tensor(statistics.median(self.spikes.losses))
         create_graph = getattr(self.optimizer, 'is_second_order', False)
-        with nullcontext() if update else self.task.no_sync():
-            with self.autocast():
-                loss = self.task(input, target)['loss']
-            scaled = loss / accumulated
-            if self.loss_scaler is not None:
-                self.loss_scaler(
-                    scaled, self.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-                    parameters=self.clip_parameters(), create_graph=create_graph, need_update=update)
-            else:
-                scaled.backward(create_graph=create_graph)
-                if update:
-                    if args.clip_grad is not None:
-                        utils.dispatch_clip_grad(self.clip_parameters(), args.clip_grad, mode=args.clip_mode)
-                    self.optimizer.step()
+        self.loss_scaler.scale(loss / accumulated).backward(create_graph=create_graph)
         return loss.detach()
+
+    def is_spike(self, loss: torch.Tensor) -> bool:
+        """Whether the loss, averaged over processes, is a spike."""
+        loss = loss.detach()
+        value = float(utils.reduce_tensor(loss, self.args.world_size) if self.args.distributed else loss)
+        if not self.spikes.is_spike(value):
+            return False
+        self.spiked = True
+        _logger.warning(f'Spike {self.spikes.count}: a loss of {value:.4g} after {self.spikes.losses[-1]:.4g}')
+        if self.args.on_spike == 'stop' or self.spikes.count > self.args.max_spikes:
+            raise Spiked(
+                f'loss of {value:.4g} is spike {self.spikes.count}'
+                + ('' if self.args.on_spike == 'stop' else f' of the {self.args.max_spikes} that --max-spikes allows'))
+        return True
+
+    def step(self) -> None:
+        """Take an optimiser step, unless a batch of it was a spike."""
+        if self.spiked:
+            self.spiked = False
+            if self.args.on_spike == 'rollback':
+                self.roll_back()
+            return
+        args = self.args
+        self.loss_scaler.unscale_(self.optimizer)
+        watching = self.watching and self.monitor is not None
+        if watching:
+            self.monitor.before_step()
+        if args.clip_grad is not None:
+            utils.dispatch_clip_grad(self.clip_parameters(), args.clip_grad, mode=args.clip_mode)
+        self.loss_scaler.step(self.optimizer)
+        self.loss_scaler.update()
+        if watching:
+            self.monitor.after_step()
 
     def read_losses(self, losses: List[torch.Tensor], epoch: int, done: int) -> List[float]:
         """The values of the latest losses, averaged over processes."""
@@ -150,10 +194,11 @@ class Trainer:
 
     def state(self, epoch: int) -> Dict[str, Any]:
         """What a checkpoint holds, under timm's names."""
-        args, scaler = self.args, self.loss_scaler
+        args = self.args
         state = dict(
             epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=self.optimizer.state_dict(),
-            **({} if scaler is None else {scaler.state_dict_key: scaler.state_dict()}),
+            **(dict(amp_scaler=self.loss_scaler.state_dict()) if self.loss_scaler.is_enabled() else {}),
+            **({} if self.spikes is None else dict(spikes=self.spikes.state_dict())),
             **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))
         for key in ('state_dict', 'state_dict_ema'):  # safetensors takes no channels-last tensors
             if key in state:

@@ -6,11 +6,10 @@ import re
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import timm
 import torch
-from timm import utils
 from timm.optim import (
     create_optimizer_v2,
     optimizer_kwargs,
@@ -145,8 +144,6 @@ def create_autocast(args: argparse.Namespace) -> Callable:
     return partial(torch.autocast, device_type=torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
 
 
-def create_loss_scaler(args: argparse.Namespace) -> Optional[utils.NativeScaler]:
-    """What keeps gradients in float16's range; the other precisions need none."""
-    if not (args.amp and args.amp_dtype == 'float16'):
-        return None
-    return utils.NativeScaler(device=torch.device(args.device).type)
+def create_loss_scaler(args: argparse.Namespace) -> torch.amp.GradScaler:
+    """What keeps gradients in float16's range; it does nothing in the other precisions."""
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp and args.amp_dtype == 'float16')

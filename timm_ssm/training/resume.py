@@ -13,6 +13,7 @@ from ..models._checkpoints import CheckpointError, read_file
 from .arguments import UsageError, errors_of
 from .checkpoints import Checkpoints
 from .loop import Progress, Trainer
+from .monitor import Spiked
 from .processes import decide_once
 
 _logger = logging.getLogger(__name__)
@@ -110,17 +111,38 @@ def restore_state(args: argparse.Namespace, trainer: Trainer, point: ResumePoint
     changed = changed_settings(state.get('args') or {}, vars(args))
     report_changes(args, point, changed)
     try:
-        trainer.task.load_checkpoint_state(clean_state_dict(state['state_dict']), state.get('task_state'))
-        if not args.no_resume_opt:
-            load_optimizer(trainer.optimizer, state['optimizer'])
+        load_training_state(trainer, state, with_optimizer=not args.no_resume_opt)
     except (RuntimeError, ValueError) as e:
         raise UsageError(f'--resume {path}: the checkpoint does not fit this model and optimiser: {e}') from e
-    scaler = trainer.loss_scaler
-    if scaler is not None and scaler.state_dict_key in state and not args.no_resume_opt:
-        scaler.load_state_dict(state[scaler.state_dict_key])
+    if trainer.spikes is not None and 'spikes' in state:
+        trainer.spikes.load_state_dict(state['spikes'])
     if 'batch' not in state:
         return Progress(state['epoch'] + 1)
     return Progress(state['epoch'], state['batch'], state['loss_sum'])
+
+
+def roll_back(args: argparse.Namespace, trainer: Trainer, checkpoints: Checkpoints) -> None:
+    """Put model and optimiser back to the latest checkpoint of the run; its data and schedule go on.
+
+    Raises:
+        Spiked: There is none yet.
+    """
+    path = decide_once(args, checkpoints.latest)
+    if path is None:
+        raise Spiked('loss has a spike before there is a checkpoint to go back to')
+    load_training_state(trainer, read_training_state(path))
+    _logger.warning(f'Back to {path}')
+
+
+def load_training_state(trainer: Trainer, state: Dict[str, Any], with_optimizer: bool = True) -> None:
+    """Load model, optimiser and loss scaler, and the averaged weights where both have them."""
+    trainer.task.load_checkpoint_state(clean_state_dict(state['state_dict']), state.get('task_state'))
+    if 'state_dict_ema' in state and trainer.task.has_ema():
+        trainer.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+    if with_optimizer:
+        load_optimizer(trainer.optimizer, state['optimizer'])
+        if trainer.loss_scaler.is_enabled() and 'amp_scaler' in state:
+            trainer.loss_scaler.load_state_dict(state['amp_scaler'])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from typing import Dict, List, Optional
 
 import torch
@@ -23,10 +24,11 @@ from .evaluation import evaluate
 from .log import RunLog, show_progress
 from .loop import NotFinite, Progress, Trainer
 from .model import build_model
+from .monitor import Monitor, Spiked
 from .optim import create_optimizer, create_scheduler
 from .plan import describe_plan
 from .processes import Stopped, StopSignal, leave_signals_to_parent, run_folder, setup_process
-from .resume import find_resume_point, restore
+from .resume import find_resume_point, restore, roll_back
 from .tasks import create_task, wrap_task
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> Option
             sys.exit(str(e) if primary else 1)
         except (ClipError, TooManyBadClips) as e:
             sys.exit(f'Training stopped: {e}')
-        except NotFinite as e:
+        except (NotFinite, Spiked) as e:
             sys.exit(1 if not primary else (
                 f'Training stopped: the {e}. {checkpoints.describe_latest()} A lower --lr, a longer warm-up, '
                 f'--clip-grad, or float32 or bfloat16 instead of float16 may help.'))
@@ -93,6 +95,10 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
         log = RunLog(args, checkpoints.folder, progress.epoch, args_text, data.class_to_idx)
         if resume and resume.same_run:
             checkpoints.continue_from(resume.path, resume.state)
+        if args.monitor:
+            trainer.monitor = Monitor(
+                trainer.model, os.path.join(checkpoints.folder, 'monitor.csv'), trainer.num_updates(progress))
+    trainer.roll_back = partial(roll_back, args, trainer, checkpoints)
 
     def save_recovery(progress: Progress) -> None:
         trainer.check_weights(f'epoch {progress.epoch}, batch {progress.batch - 1}')
