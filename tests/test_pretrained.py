@@ -16,8 +16,9 @@ from timm.models import save_for_hf
 
 from tests.fixtures.synthesize import synthesize
 from tests.models.utils import released_shapes
+from timm_ssm.hub.checkpoints import find
 from timm_ssm.hub.convert import convert
-from timm_ssm.zoo.registry import list_names
+from timm_ssm.zoo.registry import cached_file, list_names
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 NAME, REPO, FILE = 'videomamba_tiny_patch16_224', 'OpenGVLab/VideoMamba', 'videomamba_t16_in1k_res224.pth'
@@ -114,7 +115,7 @@ class TestFromTheHub:
         state_dict = {k.removeprefix('model.'): v for k, v in model.state_dict().items()}
         assert torch.equal(state_dict['blocks.1.mixer.in_proj.weight'], released['layers.1.mixer.in_proj.weight'])
 
-    @pytest.mark.parametrize('name', list_names(pretrained=True))
+    @pytest.mark.parametrize('name', [n for n in list_names(pretrained=True) if not timm.get_pretrained_cfg(n).url])
     def test_asks_for_its_file(self, hub, cache, name):
         """And for nothing else."""
         cfg = timm.get_pretrained_cfg(name)
@@ -142,6 +143,39 @@ class TestFromTheHub:
         loaded = timm.create_model(name, pretrained=True).state_dict()
         assert all((v == v.flatten()[0]).all() for v in loaded.values())
         assert sorted(v.flatten()[0].item() for v in loaded.values()) == list(range(1, len(shapes) + 1))
+
+
+class TestElsewhere:
+    """Files under a URL, as VMamba's on GitHub; the server here stands in for it."""
+
+    NAME, PATH = 'vmamba_tiny.in1k', 'MzeroMiko/VMamba/resolve/main/vssm1_tiny_0230s_ckpt_epoch_264.pth'
+
+    @pytest.fixture
+    def url(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+        return f'{hub.url}/{self.PATH}'
+
+    def test_the_file_that_the_authors_evaluate(self, hub, url):
+        """Not the averaged weights, should it hold them too, and not from a file that the user downloaded either."""
+        shapes = released_shapes()['vmamba_tiny_224']
+        state_dict = {k: torch.tensor(float(i)).expand(s) for i, (k, s) in enumerate(shapes.items(), 1)}
+        content = to_bytes({'model': state_dict, 'model_ema': {k: -v for k, v in state_dict.items()}, 'epoch': 264})
+        hub.add('MzeroMiko/VMamba', {Path(self.PATH).name: content})
+        for _ in range(2):
+            model = timm.create_model(self.NAME, pretrained=True, pretrained_cfg_overlay=dict(url=url))
+        assert hub.asked() == [f'/{self.PATH}']  # once
+        kept, = Path(os.environ['TORCH_HOME']).rglob('*.pth')
+        local = timm.create_model(self.NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(kept)))
+        for loaded in (model.state_dict(), local.state_dict()):
+            assert {v.flatten()[0].item() for v in loaded.values()} == set(range(1, len(shapes) + 1))
+        found = find(self.NAME)  # the released file is in the cache under the name that its URL has
+        assert found.path == cached_file(self.NAME) == kept and found.name == self.NAME
+
+    def test_no_such_file(self, hub, url):
+        hub.add('MzeroMiko/VMamba', {})
+        with pytest.raises(RuntimeError, match=f'^vmamba_tiny: cannot load {url}: .*404') as e:
+            timm.create_model(self.NAME, pretrained=True, pretrained_cfg_overlay=dict(url=url))
+        assert '\n' not in str(e.value)
 
 
 class TestPublished:

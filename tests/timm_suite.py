@@ -14,9 +14,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PATTERNS = [
-    'videomamba_tiny_*', 'videomamba_small_*', 'vim_tiny_*', 'vim_small_*', 'stablemamba_tiny_*', 'stablemamba_small_*',
-    'videomambapro_tiny_*', 'videomambapro_small_*', 'mambavision_tiny', 'groupmamba_tiny', 'stable_groupmamba_small']
+DEFAULT_PATTERNS = ['*_tiny', '*_tiny_patch*', '*_small_patch*', 'stable_groupmamba_small']
 # timm's tests feed images; models that take clips have tests of their own
 CLIPS = re.compile(r'_f\d+_')
 # these need weights from the Hub; tests/test_pretrained.py does that against a server on this machine

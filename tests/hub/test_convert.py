@@ -185,6 +185,7 @@ class TestDetect:
         source = checkpoints.Source(None, f'{family}/checkpoint.pth')
         found, sure = checkpoints.detect(Checkpoint(state_dict), source)
         assert found.name.startswith(f'{family}_{size}') and found.complete and not found.resampled
+        assert found.name == key.removesuffix('_224') or not family.startswith(('vmamba', 'spatialmamba'))
         assert set(found.kwargs) <= {'num_classes'}
         alike = family in ('videomamba', 'vim') and size != 'middle' and 'video_' not in key
         assert sure.startswith('likely' if alike else 'certain')
@@ -199,6 +200,16 @@ class TestDetect:
         assert found.name == 'vim_tiny_patch16_224' and sure.startswith('likely')
         found, sure = checkpoints.detect(checkpoint, checkpoints.Source(None, 'x.pth'), NAME)
         assert found.name == NAME and sure == 'as told'
+
+    @pytest.mark.parametrize('model', [None, 'vmamba_tiny'])
+    def test_first_version_of_vmamba(self, model):
+        """It is refused by its name, not with a table of parameters."""
+        checkpoint = Checkpoint({
+            'patch_embed.0.weight': torch.zeros(96, 3, 4, 4),
+            'layers.0.blocks.0.op.in_proj.weight': torch.zeros(384, 96),
+            'layers.0.blocks.0.op.conv2d.bias': torch.zeros(192)})
+        with pytest.raises(ValueError, match=r'^checkpoint: it is of the first version of VMamba \(v0, [^\n]*$'):
+            checkpoints.detect(checkpoint, checkpoints.Source(None, 'vssmtiny_dp01_ckpt_epoch_292.pth'), model)
 
     def test_nothing_known(self):
         vit = timm.create_model('vit_tiny_patch16_224', device='meta').state_dict()

@@ -2,12 +2,12 @@
 import pytest
 import timm
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import timm_ssm  # noqa: F401  registers the models
-from timm_ssm.layers import ScanInputs, scan_mixers
-from timm_ssm.ops.naive import selective_scan_naive
+from timm_ssm.layers import scan_mixers
+
+from ..models.utils import check_mixers, mixer_calls
 
 ISOTROPIC = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_classes=5)
 CLIP = dict(ISOTROPIC, num_frames=4)
@@ -45,30 +45,9 @@ def model_and_input(family):
     (name, kwargs), _, _ = FAMILIES[family]
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).double().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=.3)
     size = (32, 32) if 'patch_size' in kwargs else (64, 96)
     frames = [kwargs['num_frames']] if 'num_frames' in kwargs else []
     return model, torch.randn(2, 3, *frames, *size, dtype=torch.float64)
-
-
-def mixer_calls(model, x):
-    """Each mixer with its input and output in a pass of the model."""
-    calls = []
-    handles = [
-        m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
-        for m in scan_mixers(model).values()]
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def naive(inputs: ScanInputs) -> torch.Tensor:
-    u, delta, A, B, C, D, z, delta_bias, reverse, residual, mask_diagonal, _ = inputs
-    return selective_scan_naive(
-        u, delta, A, B, C, D, z, delta_bias, reverse=reverse, residual=residual, mask_diagonal=mask_diagonal)
 
 
 def finish(mixer, scanned, inputs):
@@ -86,15 +65,7 @@ def test_projections_scanned_by_the_specification_give_the_mixer(family):
     """project alone, the naive scan, and the paper's way out are the mixer's forward; its flags are the family's."""
     model, x = model_and_input(family)
     _, count, flags = FAMILIES[family]
-    calls = mixer_calls(model, x)
-    assert len(calls) == count == len(scan_mixers(model))
-    assert [(s.reverse, s.residual, s.mask_diagonal) for s in calls[0][0].project(calls[0][1])] == flags
-    with torch.no_grad():
-        for mixer, tokens, out in calls:
-            inputs = mixer.project(tokens)
-            scanned = [mixer.restore(naive(s), i, tokens.shape) for i, s in enumerate(inputs)]
-            assert all(y.shape[:-1] == tokens.shape[:-1] for y in scanned)
-            torch.testing.assert_close(finish(mixer, scanned, inputs), out)
+    check_mixers(model, x, count, flags, finish)
 
 
 @pytest.mark.parametrize('group', range(4))

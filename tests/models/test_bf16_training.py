@@ -15,6 +15,8 @@ MODELS = {
     'stvideomamba_tiny_patch16_f16_224': dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_frames=4),
     'mambavision_tiny': dict(img_size=32, stem_dim=8, embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 4)),
     'groupmamba_tiny': dict(stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2)),
+    'vmamba_tiny': dict(embed_dims=(16, 32), depths=(1, 1)),
+    'spatialmamba_tiny': dict(embed_dim=8, depths=(1, 1)),
     'stable_groupmamba_small': dict(
         stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), attn_every=1),
 }

@@ -1,11 +1,14 @@
 """Reading the reference numbers, and what every family's tests check alike."""
 import json
 from pathlib import Path
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from timm_ssm.layers import ScanInputs, ScanMixer, scan_mixers
+from timm_ssm.ops.naive import selective_scan_naive
 
 from ..fixtures.synthesize import image, synthesize
 
@@ -30,6 +33,55 @@ def check_train_step(make: Callable[..., nn.Module], x: torch.Tensor) -> nn.Modu
         assert logits.shape == (2, 5) and torch.equal(again(x), logits)
         torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits)
     return model
+
+
+def mixer_calls(model: nn.Module, x: torch.Tensor) -> List[Tuple[ScanMixer, torch.Tensor, torch.Tensor]]:
+    """Each mixer with its input and output in a pass of the model."""
+    calls = []
+    handles = [
+        m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
+        for m in scan_mixers(model).values()]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def check_mixers(
+        model: nn.Module,
+        x: torch.Tensor,
+        count: int,
+        flags: List[Tuple[bool, bool, bool]],
+        finish: Callable,
+        adapt: Callable[[ScanInputs], ScanInputs] = lambda inputs: inputs,
+) -> None:
+    """Compare every mixer with its two steps: `project`, then a scan of each direction by the executable specification.
+
+    Args:
+        model: Model in float64; its parameters become random.
+        x: What it takes.
+        count: Mixers that it has.
+        flags: reverse, residual and mask_diagonal of each direction.
+        finish: The mixer, the restored results of its scans and their inputs to the mixer's output, as its paper says.
+        adapt: What `project` returns to what the mixer scans, where these differ.
+    """
+    def naive(inputs: ScanInputs) -> torch.Tensor:
+        u, delta, A, B, C, D, z, delta_bias, reverse, residual, mask_diagonal, _ = inputs
+        return selective_scan_naive(
+            u, delta, A, B, C, D, z, delta_bias, reverse=reverse, residual=residual, mask_diagonal=mask_diagonal)
+
+    for p in model.parameters():
+        nn.init.normal_(p, std=.3)
+    calls = mixer_calls(model, x)
+    assert len(calls) == count == len(scan_mixers(model))
+    assert [(s.reverse, s.residual, s.mask_diagonal) for s in calls[0][0].project(calls[0][1])] == flags
+    with torch.no_grad():
+        for mixer, tokens, out in calls:
+            inputs = mixer.project(tokens)
+            scanned = [mixer.restore(naive(adapt(s)), i, tokens.shape) for i, s in enumerate(inputs)]
+            assert all(y.shape[:-1] == tokens.shape[:-1] for y in scanned)
+            torch.testing.assert_close(finish(mixer, scanned, inputs), out)
 
 
 def load_reference(name: str) -> Tuple[Dict, Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
@@ -58,6 +110,32 @@ def record_blocks(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
     for i, block in enumerate(model.blocks):
         block.mixer.register_forward_hook(lambda m, a, out, k=f'mid/layers.{i}.0': got.__setitem__(k, out))
         block.register_forward_pre_hook(lambda m, a, k=f'mid/layers.{i}.1': got.__setitem__(k, a[0]))
+    return got
+
+
+def record_stages(model: torch.nn.Module, mixer: str, channels_last: bool = False) -> Dict[str, torch.Tensor]:
+    """What `mid/patch_embed` and `mid/layers.*` name in VMamba's or Spatial-Mamba's reference, filled by the next pass.
+
+    Args:
+        model: Hierarchical model.
+        mixer: What the authors call the mixer of a block.
+        channels_last: The reference's maps are (B, H, W, C).
+    """
+    got = {}
+
+    def record(module: torch.nn.Module, name: str, last: bool) -> None:
+        def hook(m, a, out):
+            if last != channels_last:
+                out = out.permute(0, 3, 1, 2) if last else out.permute(0, 2, 3, 1)
+            got[f'mid/{name}'] = out
+        module.register_forward_hook(hook)
+
+    for i, stage in enumerate(model.stages):
+        record(stage.downsample, f'layers.{i - 1}' if i else 'patch_embed', True)
+        for j, block in enumerate(stage.blocks):
+            record(block, f'layers.{i}.blocks.{j}', True)
+            record(block.mixer, f'layers.{i}.blocks.{j}.{mixer}', True)
+    record(stage, f'layers.{i}', False)
     return got
 
 

@@ -38,7 +38,8 @@ nvidia/MambaVision-L2-512-21K mambavision_L2_21k_240m_512.pth.tar
 nvidia/MambaVision-L3-256-21K mambavision_L3_21k_740m_256.pth.tar
 nvidia/MambaVision-L3-512-21K mambavision_L3_21k_740m_512.pth.tar
 """
-TAGS = list_names(pretrained=True)
+# those of files elsewhere are tested with their family
+TAGS = [name for name in list_names(pretrained=True) if get_pretrained_cfg(name).hf_hub_id]
 
 
 def expand(pattern: str):

@@ -19,10 +19,11 @@ from ..models._checkpoints import (
     Checkpoint,
     CheckpointMismatch,
     StateDict,
+    UnsupportedModel,
     load_weights,
     map_names,
 )
-from ..models._fetch import download, naming
+from ..models._fetch import download, download_url, naming
 from ..zoo.registry import list_names, meta_model, table
 
 
@@ -48,6 +49,8 @@ def find(source: str) -> Source:
     repo = re.fullmatch(r'(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?', source)
     if '/' not in source and is_model(source):
         cfg = get_pretrained_cfg(source)
+        if cfg is not None and cfg.url:
+            return Source(download_url(cfg.url), cfg.url, source)
         if cfg is None or not cfg.hf_hub_id:
             raise ValueError(f'source: {source} has no pretrained weights')
         repo_id, revision, file = cfg.hf_hub_id, None, cfg.hf_hub_filename
@@ -73,7 +76,10 @@ def _known_name(repo_id: str, file: str) -> Optional[str]:
     """The pretrained tag whose weights are in that file."""
     for name in list_names(pretrained=True):
         cfg = get_pretrained_cfg(name)
-        if cfg.hf_hub_filename:
+        if cfg.url:
+            if cfg.url.endswith(f'/{file}') and not repo_id:
+                return name
+        elif cfg.hf_hub_filename:
             if cfg.hf_hub_filename == file and repo_id in ('', cfg.hf_hub_id):
                 return name
         elif repo_id == cfg.hf_hub_id:
@@ -100,11 +106,17 @@ class Comparison(NamedTuple):
 
 
 def compare(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Comparison:
-    """Compare names and shapes of a checkpoint with those of a model."""
+    """Compare names and shapes of a checkpoint with those of a model.
+
+    Raises:
+        UnsupportedModel: The model's family knows the checkpoint by name, and that it is of no model here.
+    """
     model = meta_model(name, **kwargs)
     shapes = {k: torch.empty(v.shape, dtype=v.dtype, device='meta') for k, v in state_dict.items()}
     try:
         mapped = map_names(shapes, model)
+    except UnsupportedModel:
+        raise
     except CheckpointMismatch as e:
         mapped = shapes if e.state_dict is None else e.state_dict
     except Exception:  # the filter met something that its family knows nothing of
@@ -132,7 +144,8 @@ def arguments(name: str, state_dict: StateDict) -> Dict[str, Any]:
     kwargs = {}
     classifier = cfg.get('classifier') or 'head'
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    head = state_dict.get(f'{classifier}.weight')
+    # wherever the authors put it
+    head = next((v for k, v in state_dict.items() if f'.{k}'.endswith(f'.{classifier}.weight')), None)
     num_classes = head.shape[0] if head is not None else 0
     if num_classes != cfg['num_classes']:
         kwargs['num_classes'] = num_classes

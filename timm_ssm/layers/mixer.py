@@ -1,6 +1,6 @@
 """Mixers in two steps: project the tokens to what the scans are given, then scan."""
 from contextlib import nullcontext
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ class ScanInputs(NamedTuple):
     A: torch.Tensor  # (D, N), negative
     B: torch.Tensor  # (B, L, N), or (B, L, G, N) for groups of channels
     C: torch.Tensor  # as B
-    D: torch.Tensor  # (D,)
+    D: Optional[torch.Tensor]  # (D,)
     z: Optional[torch.Tensor]  # (B, L, D), the scan's gate, if it has one
     delta_bias: torch.Tensor  # (D,)
     reverse: bool = False
@@ -94,6 +94,10 @@ def _run(inputs: List[ScanInputs]) -> torch.Tensor:
             s.u, s.delta, s.A, s.B, s.C, s.D, s.z, s.delta_bias,
             reverse=s.reverse, residual=s.residual, mask_diagonal=s.mask_diagonal)
     r = inputs[1]
+    D, D_r = s.D, r.D
+    both: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    if D is not None and D_r is not None:
+        both = (D, D_r)
     return bidirectional_selective_scan(
-        (s.u, r.u), (s.delta, r.delta), (s.A, r.A), (s.B, r.B), (s.C, r.C), (s.D, r.D), s.z,
+        (s.u, r.u), (s.delta, r.delta), (s.A, r.A), (s.B, r.B), (s.C, r.C), both, s.z,
         (s.delta_bias, r.delta_bias), residual=s.residual, mask_diagonal=r.mask_diagonal)

@@ -15,8 +15,9 @@ from torch import nn
 from ._integrity import CheckpointError, verify_file
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'CheckpointMismatch', 'StateDict', 'explain', 'load_checkpoint', 'load_weights',
-    'map_names', 'read_checkpoint', 'read_file', 'refuse_mismatch', 'unwrap_state_dict',
+    'Checkpoint', 'CheckpointError', 'CheckpointMismatch', 'StateDict', 'UnsupportedModel', 'explain',
+    'load_checkpoint', 'load_weights', 'map_names', 'read_checkpoint', 'read_file', 'refuse_mismatch',
+    'unwrap_state_dict',
 ]
 
 StateDict = Dict[str, torch.Tensor]
@@ -31,6 +32,10 @@ class CheckpointMismatch(CheckpointError):
     def __init__(self, message: str, state_dict: Optional[StateDict] = None) -> None:
         super().__init__(message)
         self.state_dict = state_dict
+
+
+class UnsupportedModel(CheckpointMismatch):
+    """The checkpoint is of a model that is known by name and not among those here."""
 
 
 def frames_in_name(name: str) -> int:
@@ -173,7 +178,7 @@ def explain(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ['']
     if lines[0].startswith('Error(s) in loading state_dict') and lines[1:]:
         return lines[1].strip()  # the first of them
-    return lines[0] if type(error) in (RuntimeError, ValueError, CheckpointMismatch) else (
+    return lines[0] if type(error) in (RuntimeError, ValueError, CheckpointMismatch, UnsupportedModel) else (
         f'{type(error).__name__} {lines[0]}'.strip())
 
 

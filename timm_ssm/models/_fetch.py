@@ -11,7 +11,7 @@ from timm.models._hub import download_cached_file
 from ._checkpoints import WEIGHTS_SUFFIXES, CheckpointError, StateDict, read_checkpoint
 from ._integrity import hub_sha256, sha256
 
-__all__ = ['download', 'fetch_weights', 'naming']
+__all__ = ['download', 'download_url', 'fetch_weights', 'naming']
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Tuple[StateDict, str]:
@@ -27,11 +27,12 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Tuple[
         return cfg.state_dict, 'the given state dict'
     if cfg.file and cfg.source != 'hf-hub':
         path = _find_in_folder(Path(cfg.file)) if cfg.source == 'local-dir' else Path(cfg.file)
-        return read_checkpoint(path).state_dict, str(path)
+        released = path.name in (cfg.hf_hub_filename, (cfg.url or '').rpartition('/')[2])
+        return read_checkpoint(path, use_ema=not released).state_dict, str(path)
     if cfg.hf_hub_id:
         path, origin = _find_on_the_hub(cfg, cache_dir)
     elif cfg.url:
-        path, origin = Path(download_cached_file(cfg.url, cache_dir=cache_dir)), cfg.url
+        path, origin = download_url(cfg.url, cache_dir), cfg.url
     else:
         raise RuntimeError('there are no pretrained weights of this model; pretrained=False gives it random ones')
     try:
@@ -86,6 +87,16 @@ def download(repo_id: str, file: str, revision: Optional[str] = None, cache_dir:
             f'damaged in the download, its SHA-256 is not {expected}, which the Hub gives; it is deleted from the '
             'cache, try again')
     return link
+
+
+def download_url(url: str, cache_dir: Optional[str] = None) -> Path:
+    """A file from elsewhere than the Hub, or from timm's cache of such files.
+
+    Raises:
+        RuntimeError: The download failed.
+    """
+    with naming(f'cannot load {url}', url):
+        return Path(download_cached_file(url, cache_dir=cache_dir))
 
 
 @contextlib.contextmanager

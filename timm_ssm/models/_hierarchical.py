@@ -230,6 +230,15 @@ def check_head(num_classes: int, global_pool: str) -> None:
         raise ValueError(f"global_pool: got '' with num_classes {num_classes}, needs a pooling, or num_classes 0")
 
 
+def backbone_of_detector(state_dict: StateDict) -> StateDict:
+    """A detector's or segmenter's checkpoint of mmdetection's kind to that of its backbone; others unchanged.
+
+    The norms of the stages' maps, which it adds to the backbone, are left out; it has neither a final norm nor a head.
+    """
+    backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+    return {k: v for k, v in backbone.items() if not k.startswith('outnorm')} or state_dict
+
+
 def build_hierarchical(
         model_cls: Type[HierarchicalModel],
         variant: str,
@@ -243,8 +252,14 @@ def build_hierarchical(
         model_cls: Class of the model.
         variant: Its registered name.
         pretrained: Load weights.
-        filter_fn: Fits a checkpoint to the model.
+        filter_fn: Fits a checkpoint to the model. The final norm and the head, which a detector's has not, stay new.
     """
+    def fit(state_dict: StateDict, model: nn.Module) -> StateDict:
+        fitted = filter_fn(state_dict, model)
+        if any(k.startswith('backbone.') for k in state_dict):
+            fitted = {**{k: v for k, v in model.state_dict().items() if k.startswith(('norm.', 'head.'))}, **fitted}
+        return fitted
+
     if 'img_size' in kwargs and 'img_size' not in inspect.signature(model_cls).parameters:
         raise TypeError(
             f'img_size: got {kwargs["img_size"]}, but {model_cls.__name__} takes images of any size: leave it out')
@@ -253,7 +268,7 @@ def build_hierarchical(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=fit,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

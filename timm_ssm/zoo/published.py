@@ -24,6 +24,8 @@ _VIDEOMAMBA = 'Li et al., ECCV 2024'
 _VIM = 'Zhu et al., ICML 2024'
 _MAMBAVISION = 'Hatamizadeh and Kautz, CVPR 2025'
 _GROUPMAMBA = 'Shaker et al., CVPR 2025'
+_VMAMBA = 'Liu et al., NeurIPS 2024'
+_SPATIALMAMBA = 'Xiao et al., ICLR 2025'
 _DISTILLED = 'trained with self-distillation'
 
 # Parameters in millions as published, by the names' beginnings.
@@ -38,6 +40,9 @@ PARAMS = {
     'mambavision_tiny': 31.8, 'mambavision_tiny2': 35.1, 'mambavision_small': 50.1, 'mambavision_base': 97.7,
     'mambavision_large': 227.9, 'mambavision_large2': 241.5, 'mambavision_large3': 739.6,
     'groupmamba_tiny': 23, 'groupmamba_small': 34, 'groupmamba_base': 57, 'stable_groupmamba_small': 39.3,
+    'vmamba_tiny': 30, 'vmamba_small': 50, 'vmamba_base': 89, 'vmamba_tiny_s2l5': 31, 'vmamba_small_s1l20': 49,
+    'vmamba_base_s1l20': 87,
+    'spatialmamba_tiny': 27, 'spatialmamba_small': 43, 'spatialmamba_base': 96,
 }
 
 # Operations that a family's published GMACs do not count, found by counting: its authors' counters do not see them.
@@ -56,7 +61,8 @@ counted alike, come out up to 11 % above the published ones. Wherever else there
 is below 5 %.''',
     'licences': '''\
 MambaVision's weights are under the NVIDIA Source Code License-NC: for non-commercial use only. GroupMamba's are MIT by
-their repositories' metadata and non-commercial by their model cards' text. VideoMamba's and Vim's are Apache-2.0.''',
+their repositories' metadata and non-commercial by their model cards' text. VideoMamba's and Vim's are Apache-2.0,
+VMamba's MIT.''',
 }
 
 PUBLISHED: Dict[str, Published] = {
@@ -157,6 +163,17 @@ PUBLISHED: Dict[str, Published] = {
     'groupmamba_small.in1k': Published(83.9, 7.0, _GROUPMAMBA),
     'groupmamba_base.in1k': Published(84.5, 14, _GROUPMAMBA),
     'stable_groupmamba_small.untrained': Published(83.8, 8.3, _STABLEMAMBA, '84.2 with distillation'),
+
+    'vmamba_tiny.in1k': Published(82.6, 4.9, _VMAMBA),
+    'vmamba_small.in1k': Published(83.6, 8.7, _VMAMBA),
+    'vmamba_base.in1k': Published(83.9, 15.4, _VMAMBA),
+    'vmamba_tiny_s2l5.in1k': Published(82.5, 4.9, _VMAMBA),
+    'vmamba_small_s1l20.in1k': Published(83.3, 8.6, _VMAMBA),
+    'vmamba_base_s1l20.in1k': Published(83.8, 15.2, _VMAMBA),
+
+    'spatialmamba_tiny.untrained': Published(83.5, 4.5, _SPATIALMAMBA),
+    'spatialmamba_small.untrained': Published(84.6, 7.1, _SPATIALMAMBA),
+    'spatialmamba_base.untrained': Published(85.3, 15.8, _SPATIALMAMBA),
 }
 
 # BibTeX, by arXiv number; papers without an entry are cited as arXiv preprints.
@@ -183,6 +200,19 @@ CITATIONS = {
   title={GroupMamba: Efficient Group-Based Visual State Space Model},
   author={Shaker, Abdelrahman and Wasim, Syed Talal and Khan, Salman and Gall, Juergen and Khan, Fahad Shahbaz},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}''',
+    '2401.10166': '''@inproceedings{liu2024vmamba,
+  title={VMamba: Visual State Space Model},
+  author={Liu, Yue and Tian, Yunjie and Zhao, Yuzhong and Yu, Hongtian and Xie, Lingxi and Wang, Yaowei and Ye, Qixiang
+    and Jiao, Jianbin and Liu, Yunfan},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2024}
+}''',
+    '2410.15091': '''@inproceedings{xiao2025spatialmamba,
+  title={Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion},
+  author={Xiao, Chaodong and Li, Minghan and Zhang, Zhengqiang and Meng, Deyu and Zhang, Lei},
+  booktitle={International Conference on Learning Representations},
   year={2025}
 }''',
 }

@@ -9,6 +9,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.models._hub import get_cache_dir
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
@@ -60,8 +61,11 @@ def input_shape(name: str) -> Tuple[int, ...]:
 
 
 def cached_file(name: str) -> Optional[Path]:
-    """Where the Hub's cache holds the weights of a pretrained tag; None if it does not."""
+    """Where the Hub's cache, or timm's for files from elsewhere, holds the weights of a pretrained tag; None if not."""
     cfg = get_pretrained_cfg(name)
+    if cfg.url:
+        path = Path(get_cache_dir()) / cfg.url.rpartition('/')[2]
+        return path if path.exists() else None
     for file in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']:
         path = try_to_load_from_cache(cfg.hf_hub_id, file)
         if isinstance(path, str):
