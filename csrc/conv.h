@@ -1,8 +1,5 @@
 // The depthwise convolution for one instruction set: included inside its namespace after scan.h.
 //
-// A task covers a block of channels. Tokens go in tiles, copied to the L1 cache with the tokens around them, from which
-// both directions are computed.
-
 constexpr int CONV_TILE = 64;
 
 template <class R>
@@ -32,14 +29,14 @@ struct ConvScratch {
 };
 
 template <class R>
-INLINE Taps<R> load_taps(const Conv& c, int index, int64_t channel, int width, R* memory) {
+INLINE Taps<R> load_taps(const Conv& c, int index, int64_t channel, int width, int64_t padded, R* memory) {
     const ConvDirection& d = c.direction[index];
     const int K = c.kernel_size, before = c.centered ? (K - 1) / 2 : K - 1;
-    R* bias = memory + K * CONV_BLOCK<R>;
-    for (int j = 0; j < CONV_BLOCK<R>; j++) {
+    R* bias = memory + K * padded;
+    for (int j = 0; j < padded; j++) {
         for (int k = 0; k < K; k++) {
             const int from = d.reverse ? K - 1 - k : k;
-            memory[k * CONV_BLOCK<R> + j] =
+            memory[k * padded + j] =
                 j < width ? static_cast<const R*>(d.weight)[(channel + j) * K + from] : 0;
         }
         bias[j] = d.bias && j < width ? static_cast<const R*>(d.bias)[channel + j] : 0;
@@ -70,39 +67,93 @@ INLINE Vec<R> convolve(const Taps<R>& taps, int kernel_size, const R* x, int v) 
     return sum;
 }
 
+// Forward: a task covers a tile of tokens and a block of channels. Rows are read in place, zeros standing in for tokens
+// outside the sequence. A few tokens at a time share the taps and most of their rows.
+constexpr int CONV_TOKENS = 4;
+
+template <class R>
+struct ConvBlocks {
+    static constexpr int64_t WIDEST = 1024 / sizeof(R);
+    int64_t tiles, blocks, width;
+    explicit ConvBlocks(const Conv& c)
+        : tiles((c.length + CONV_TILE - 1) / CONV_TILE), blocks((c.channels + WIDEST - 1) / WIDEST),
+          width(((c.channels + blocks - 1) / blocks + LANES<R> - 1) / LANES<R> * LANES<R>) {}
+    // for taps, bias and the pointers to rows of both directions, and for a row of zeros and one that nobody reads
+    static int64_t bytes(const Conv& c) {
+        return 2 * ((c.kernel_size + 1) * WIDEST * sizeof(R) + (c.kernel_size + CONV_TOKENS) * sizeof(R*))
+            + 2 * WIDEST * sizeof(R);
+    }
+};
+
+// One vector of channels of CONV_TOKENS tokens: y[j] = silu(bias + sum_k weight[k] x[k + j]), or without silu.
+template <class R, int K, bool WHOLE>
+INLINE void convolve_tokens(const R* taps, int kernel_size, int64_t width, const R* const* x, R* const* y,
+                            bool activate, int64_t v, int64_t left) {
+    Vec<R> sums[CONV_TOKENS];
+    const Vec<R> bias = load(taps + kernel_size * width + v);
+    for (int j = 0; j < CONV_TOKENS; j++) sums[j] = bias;
+#pragma GCC unroll 8
+    for (int k = 0; k < (K ? K : kernel_size); k++) {
+        const Vec<R> tap = load(taps + k * width + v);
+#pragma GCC unroll 8
+        for (int j = 0; j < CONV_TOKENS; j++) {
+            Vec<R> in = {};
+            if (WHOLE) in = load(x[k + j] + v);
+            else memcpy(&in, x[k + j] + v, left * sizeof(R));
+            sums[j] += tap * in;
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < CONV_TOKENS; j++) {
+        if (activate) sums[j] = silu<R>(sums[j]);
+        if (WHOLE) store(y[j] + v, sums[j]);
+        else memcpy(y[j] + v, &sums[j], left * sizeof(R));
+    }
+}
+
 template <class R, int K>
 static void conv_forward_task(const Conv& c, int64_t task, void* scratch) {
-    ConvScratch<R> m(c, scratch);
-    const int64_t tiles = (c.length + CONV_TILE - 1) / CONV_TILE;
-    const int64_t blocks = (c.channels + CONV_BLOCK<R> - 1) / CONV_BLOCK<R>;
-    const int64_t channel = task % blocks * CONV_BLOCK<R>, start = task / blocks % tiles * CONV_TILE;
-    const int64_t batch = task / blocks / tiles;
+    const ConvBlocks<R> b(c);
+    const int kernel_size = K ? K : c.kernel_size;
+    const int64_t channel = task % b.blocks * b.width, start = task / b.blocks % b.tiles * CONV_TILE;
+    const int64_t batch = task / b.blocks / b.tiles, left = c.channels - channel;
+    if (left <= 0) return;
     const int64_t end = start + CONV_TILE < c.length ? start + CONV_TILE : c.length;
-    const int width = c.channels - channel < CONV_BLOCK<R> ? c.channels - channel : CONV_BLOCK<R>;
-    copy_tokens(c, c.x, batch, start - m.halo, end + m.halo, channel, width, m.x());
-    for (int i = 0; i < c.directions; i++) {
-        const Taps<R> taps = load_taps(c, i, channel, width, m.taps(i));
-        const Tensor& y = c.direction[i].out;
-        R* out = static_cast<R*>(y.data) + batch * y.batch_stride + start * y.token_stride + channel;
-        const R* x = m.x() + m.halo * CONV_BLOCK<R>;
-        for (int64_t t = start; t < end; t++, x += CONV_BLOCK<R>, out += y.token_stride) {
-            for (int v = 0; v < width; v += LANES<R>) {
-                Vec<R> sum = convolve<R, K>(taps, c.kernel_size, x, v);
-                if (c.silu) sum *= sigmoid<R>(sum);
-                if (v + LANES<R> <= width)
-                    store(out + v, sum);
-                else
-                    memcpy(out + v, &sum, (width - v) * sizeof(R));
+    const int64_t width = left < b.width ? left : b.width, whole = width / LANES<R> * LANES<R>;
+    R *zeros = static_cast<R*>(scratch), *unused = zeros + b.width, *memory = unused + b.width;
+    memset(zeros, 0, b.width * sizeof(R));
+    Taps<R> taps[2];
+    for (int i = 0; i < c.directions; i++, memory += (kernel_size + 1) * b.width)
+        taps[i] = load_taps<R>(c, i, channel, width, b.width, memory);
+    const R** x = reinterpret_cast<const R**>(memory);
+    const R* in = static_cast<const R*>(c.x.data) + batch * c.x.batch_stride + channel;
+    for (int64_t t = start; t < end; t += CONV_TOKENS) {
+        for (int i = 0; i < c.directions; i++) {
+            const Tensor& out = c.direction[i].out;
+            R* y[CONV_TOKENS];
+            for (int j = 0; j < CONV_TOKENS; j++)
+                y[j] = t + j < end
+                    ? static_cast<R*>(out.data) + batch * out.batch_stride + (t + j) * out.token_stride + channel : unused;
+            for (int k = 0; k < kernel_size + CONV_TOKENS - 1; k++) {
+                const int64_t from = t - taps[i].before + k;
+                x[k] = from >= 0 && from < c.length ? in + from * c.x.token_stride : zeros;
             }
+            for (int64_t v = 0; v < whole; v += LANES<R>)
+                convolve_tokens<R, K, true>(taps[i].weight, kernel_size, b.width, x, y, c.silu, v, 0);
+            if (whole < width)
+                convolve_tokens<R, K, false>(taps[i].weight, kernel_size, b.width, x, y, c.silu, whole, width - whole);
         }
     }
 }
 
 template <class R>
 static int64_t conv_forward_tasks(const Conv& c) {
-    return c.batch * ((c.length + CONV_TILE - 1) / CONV_TILE) * ((c.channels + CONV_BLOCK<R> - 1) / CONV_BLOCK<R>);
+    const ConvBlocks<R> b(c);
+    return c.batch * b.tiles * b.blocks;
 }
 
+// Backward: a task covers a block of channels. Tokens go in tiles, copied to the L1 cache with the tokens around them, from
+// which both directions are computed.
 template <class R, int K>
 static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
     ConvScratch<R> m(c, scratch);
@@ -112,7 +163,7 @@ static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
     const int width = c.channels - channel < CONV_BLOCK<R> ? c.channels - channel : CONV_BLOCK<R>;
     Taps<R> taps[2];
     for (int i = 0; i < c.directions; i++) {
-        taps[i] = load_taps(c, i, channel, width, m.taps(i));
+        taps[i] = load_taps(c, i, channel, width, CONV_BLOCK<R>, m.taps(i));
         memset(m.gradients(i), 0, (kernel_size + 1) * CONV_BLOCK<R> * sizeof(R));
     }
     for (int64_t start = 0; start < c.length; start += CONV_TILE) {

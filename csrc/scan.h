@@ -251,8 +251,7 @@ static void forward_direction(
             if (s.y.data) copy_rows(Rows<R>{m->y, BLOCK<R>}, rows_of<R>(s.y, tile), tile);
             for (int i = 0; i < tile.rows; i++) {
                 for (int v = 0; v < width; v += W) {
-                    const Vec<R> gate = load(z[i] + v);
-                    store(out[i] + v, load(m->y + i * BLOCK<R> + v) * (gate * sigmoid<R>(gate)));
+                    store(out[i] + v, load(m->y + i * BLOCK<R> + v) * silu<R>(load(z[i] + v)));
                 }
             }
             finish(s.out, tile, out);

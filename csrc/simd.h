@@ -165,6 +165,12 @@ INLINE Vec<R> sigmoid(Vec<R> x) {
     return sigmoid<R>(x, exp_minus<R>(x));
 }
 
+// e^-x may be infinite where the result is 0
+template <class R>
+INLINE Vec<R> silu(Vec<R> x) {
+    return x / (R(1) + exp2(x * R(-LOG2E)));
+}
+
 // linear above 20 as in PyTorch
 template <class R>
 INLINE Vec<R> softplus(Vec<R> x, Vec<R> exp_minus_x) {

@@ -163,7 +163,7 @@ def _tensor(x: Optional[torch.Tensor], alive: List[torch.Tensor]) -> Tuple[int, 
     if x is None:
         return _NO_TENSOR
     stride = x.stride()
-    if stride[-1] != 1:
+    if stride[-1] != 1 and x.shape[-1] > 1:
         x = x.contiguous()
         alive.append(x)
         stride = x.stride()
