@@ -96,6 +96,17 @@ def test_second_derivatives_are_refused(fn):
         torch.autograd.grad(fn(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize('scan', [selective_scan, selective_scan_naive])
+def test_masked_single_token(scan):
+    """A constant, but one that autograd knows."""
+    inputs = scan_inputs(length=1, optional=False)
+    inputs['u'].requires_grad_()
+    out = scan(**inputs, mask_diagonal=True)
+    assert not out.any()
+    out.sum().backward()
+    assert inputs['u'].grad.shape == inputs['u'].shape and not inputs['u'].grad.any()
+
+
 @pytest.mark.parametrize('save', [False, True])
 @pytest.mark.parametrize('z', [False, True])
 def test_opcheck_scan(save, z):

@@ -38,6 +38,10 @@ class ScanCall(NamedTuple):
     def input(self) -> torch.Tensor:
         return self.u[0]
 
+    def direction(self, i: int) -> Tuple[Optional[torch.Tensor], ...]:
+        """u, delta, A, B, C, D and delta_bias of direction i, None for what is not given."""
+        return tuple(xs[i] if xs else None for xs in self[:7])
+
     def new_states(self) -> torch.Tensor:
         """An uninitialised tensor for the states before every CHUNK_SIZE-th token in scan order:
         (directions, B, ceil(L / CHUNK_SIZE), N, D)."""

@@ -4,17 +4,16 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 
-from .calls import ConvCall, ScanCall
+from .calls import ConvCall, ScanCall, acc_dtype
 
 
 def run_scan(call: ScanCall) -> torch.Tensor:
     """The result of `call`."""
     out = None
     for i, reverse in enumerate(call.reverse):
+        *tensors, delta_bias = call.direction(i)
         y = parallel_scan(
-            call.u[i], call.delta[i], call.A[i], call.B[i], call.C[i], call.D[i] if call.D else None, call.z,
-            call.delta_bias[i] if call.delta_bias else None,
-            call.delta_softplus, reverse, call.residual, call.mask_diagonal[i])
+            *tensors, call.z, delta_bias, call.delta_softplus, reverse, call.residual, call.mask_diagonal[i])
         out = y if out is None else out + y
     return out
 
@@ -46,8 +45,7 @@ def parallel_scan(
     The pairs (a, b) of h -> a h + b compose to (a a', a b' + b): log2(L) elementwise steps over (B, L, D, N), which
     costs memory and log2(L) times the work, but no division by vanishing products and no operator beyond arithmetic.
     """
-    dtype = u.dtype
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype, acc = u.dtype, acc_dtype(u.dtype)
     if B.dim() == 3:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
     groups = B.shape[2]
@@ -58,9 +56,8 @@ def parallel_scan(
     if delta_softplus:
         dt = F.softplus(dt)  # threshold 20
     # (B, L, G, D / G, N)
-    a = torch.exp(dt.unsqueeze(-1) * A).unflatten(2, [groups, -1])
-    own = (dt * u).unsqueeze(-1).unflatten(2, [groups, -1]) * B.unsqueeze(3)
-    b = own
+    a = decay = torch.exp(dt.unsqueeze(-1) * A).unflatten(2, [groups, -1])
+    b = (dt * u).unsqueeze(-1).unflatten(2, [groups, -1]) * B.unsqueeze(3)
     length = u.shape[1]
     if residual:
         start = u[:, :1].unsqueeze(-1).unflatten(2, [groups, -1])
@@ -71,7 +68,7 @@ def parallel_scan(
         a = a * _later(a, step)
         step *= 2
     if mask_diagonal:
-        b = torch.cat([torch.zeros_like(b[:, :1]), (b - own)[:, 1:]], dim=1)
+        b = torch.cat([torch.zeros_like(b[:, :1]), decay[:, 1:] * b[:, :-1]], dim=1)
     y = (b * C.unsqueeze(3)).sum(-1).flatten(2)
     if D is not None:
         y = y + D.to(acc) * u

@@ -47,16 +47,16 @@ def selective_scan_naive(
         t = length - 1 - i if reverse else i
         if i == 0 and residual:
             h = us[t].unsqueeze(-1).expand_as(h)
-        own = (dts[t] * us[t]).unsqueeze(-1) * Bs[t]
-        h = torch.exp(dts[t].unsqueeze(-1) * A) * h + own
+        decayed = torch.exp(dts[t].unsqueeze(-1) * A) * h
+        h = decayed + (dts[t] * us[t]).unsqueeze(-1) * Bs[t]
         if not mask_diagonal:
             y = (Cs[t] * h).sum(-1)
         elif i > 0:
-            y = (Cs[t] * (h - own)).sum(-1)
+            y = (Cs[t] * decayed).sum(-1)
         else:
-            y = torch.zeros_like(us[t])
+            y = us[t].clone().zero_()  # and not zeros_like, which autograd does not know
         ys.append(y)
-    y = torch.stack(ys, dim=1) if length > 0 else torch.zeros_like(u)
+    y = torch.stack(ys, dim=1) if length > 0 else u.clone()
     if reverse:
         y = y.flip(1)
     if D is not None:

@@ -1,8 +1,8 @@
 """Both ops in plain PyTorch with hand-written gradients: the backend that runs where nothing faster does.
 
-Vectorised over everything but time, with memory linear in the length.
+Vectorised over everything but the tokens, with memory linear in their number.
 """
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +15,13 @@ class Eager(Backend):
     name = 'eager'
 
     def scan_forward(self, call: ScanCall, save: bool) -> ScanResult:
-        out = None
         states = call.new_states() if save else None
-        for i in range(len(call.u)):
-            d = _Direction(call, i)
-            y = torch.empty(d.u.shape, dtype=d.acc, device=d.u.device)
-            h = d.start()
-            for s in range(0, d.length, CHUNK_SIZE):
-                if states is not None:
-                    states[i, :, s // CHUNK_SIZE] = h.flatten(1, 2).mT
-                u, _, _, _, C, decay, own = d.chunk(s)
-                hs = d.states(h, decay, own)
-                h = hs[-1]
-                y[:, s:s + CHUNK_SIZE] = (d.seen(s, hs, own) * C).sum(-1)
-                if d.D is not None:
-                    y[:, s:s + CHUNK_SIZE] += d.D * u
-            y = d.ordered(y.flatten(2))
-            out = y if out is None else out + y
-        dtype = call.u[0].dtype
-        if call.z is None:
-            return out.to(dtype), None, states
-        y = out.to(dtype) if save else None
-        return (out * F.silu(call.z.to(out.dtype))).to(dtype).contiguous(), y, states
+        out = sum(_Direction(call, i).forward(states[i] if save else None) for i in range(len(call.u)))
+        dtype = call.input.dtype
+        y = out.to(dtype) if save and call.z is not None else None
+        if call.z is not None:
+            out = out * F.silu(call.z.to(out.dtype))
+        return out.to(dtype).contiguous(), y, states
 
     def scan_backward(
             self,
@@ -45,16 +30,14 @@ class Eager(Backend):
             y: torch.Tensor,
             states: torch.Tensor,
     ) -> ScanGradients:
-        """With g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1}, walked from the last token of the scan to the first, the
-        chunk's states recomputed from the one saved at its start."""
-        acc = acc_dtype(grad_out.dtype)
-        dy, dz = grad_out.to(acc), None
+        dtype = grad_out.dtype
+        dy, dz = grad_out.to(acc_dtype(dtype)), None
         if call.z is not None:
-            z = call.z.to(acc)
+            z = call.z.to(dy.dtype)
             gate = torch.sigmoid(z)
-            dz = (dy * y.to(acc) * gate * (1 + z * (1 - gate))).to(grad_out.dtype).contiguous()
+            dz = (dy * y.to(dy.dtype) * gate * (1 + z * (1 - gate))).to(dtype).contiguous()
             dy = dy * z * gate
-        return [_direction_backward(_Direction(call, i), dy, states[i]) for i in range(len(call.u))], dz
+        return [_Direction(call, i).backward(dy, states[i]) for i in range(len(call.u))], dz
 
     def conv_forward(self, call: ConvCall) -> List[torch.Tensor]:
         outs = [_convolve(call, i) for i in range(len(call.weight))]
@@ -99,112 +82,117 @@ def _convolve(call: ConvCall, i: int) -> torch.Tensor:
 
 
 class _Direction:
-    """One direction of a scan in scan order and accumulation dtype, with chunk-wise access.
+    """One direction of a scan in accumulation dtype, a chunk of tokens at a time.
 
-    Channels are split in (groups, channels per group), so that B and C broadcast over a group's channels.
+    Tensors are in scan order: (L, B, G, 1, D / G) those of channels, (L, B, G, N, 1) those of states, B and C, so that
+    their products are (L, B, G, N, D / G), in which the elements of a token are contiguous.
     """
 
     def __init__(self, call: ScanCall, i: int) -> None:
-        u, delta, A, B = call.u[i], call.delta[i], call.A[i], call.B[i]
-        self.acc = acc_dtype(u.dtype)
-        self.reverse = call.reverse[i]
+        self.acc = acc_dtype(call.input.dtype)
+        self.softplus, self.reverse = call.delta_softplus, call.reverse[i]
         self.residual, self.mask_diagonal = call.residual, call.mask_diagonal[i]
-        self.softplus = call.delta_softplus
-        self.groups = B.shape[2] if B.ndim == 4 else 1
-        self.batch, self.length, self.channels = u.shape
-        self.d_state = A.shape[1]
-        self.u, self.delta = self.split(self.ordered(u)), self.split(self.ordered(delta))
-        self.B, self.C = self.ordered(B), self.ordered(call.C[i])
-        self.A = A.unflatten(0, (self.groups, -1))
-        self.D = call.D[i].unflatten(0, (self.groups, -1)) if call.D else None
-        self.bias = call.delta_bias[i].unflatten(0, (self.groups, -1)) if call.delta_bias else None
-
-    def ordered(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flip(1) if self.reverse else x
+        u, delta, A, B, C, D, bias = call.direction(i)
+        B, C = (x if x.ndim == 4 else x.unsqueeze(2) for x in (B, C))
+        batch, self.length, self.groups, _ = B.shape
+        self.u, self.delta = (self.tokens_first(self.split(x)) for x in (u, delta))
+        self.B, self.C = (self.tokens_first(x).unsqueeze(-1) for x in (B, C))
+        self.A = self.split(A.t()).squeeze(2).transpose(0, 1).contiguous()
+        self.D, self.bias = (x if x is None else self.split(x) for x in (D, bias))
+        self.start = self.A.new_zeros(batch, *self.A.shape)  # the state before the first token
+        if self.residual and self.length:
+            self.start += self.u[0]
+        self.buffers = [self.A.new_empty(min(CHUNK_SIZE, self.length), *self.start.shape) for _ in range(2)]
+        self.call, self.index = call, i
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.groups, -1))  # (B, L, D) -> (B, L, G, D / G)
+        return x.unflatten(-1, (self.groups, 1, x.shape[-1] // self.groups))
 
-    def chunk(self, s: int) -> Tuple[torch.Tensor, ...]:
-        """u, delta + bias, dt (B, T, G, Dg), B, C (B, T, G, 1, N), decay and input (B, T, G, Dg, N) of one chunk."""
-        t = slice(s, s + CHUNK_SIZE)
-        u, x = self.u[:, t].to(self.acc), self.delta[:, t].to(self.acc)
-        B, C = (m[:, t].to(self.acc).reshape(*u.shape[:3], 1, self.d_state) for m in (self.B, self.C))
+    def tokens_first(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.flip(1) if self.reverse else x).transpose(0, 1)
+
+    def batch_first(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse of `tokens_first`, contiguous and in the shape of `like`."""
+        return (x.flip(0) if self.reverse else x).transpose(0, 1).reshape(like.shape).contiguous()
+
+    def chunk(self, t: slice, h: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """u, delta + bias, dt, B, C and decays of the tokens t, and the states after each of them, from the state h.
+
+        Decays and states are overwritten by the next call.
+        """
+        u, x, B, C = (x[t].to(self.acc) for x in (self.u, self.delta, self.B, self.C))
         if self.bias is not None:
             x = x + self.bias
         dt = F.softplus(x, threshold=20.) if self.softplus else x
-        decay = torch.exp(dt[..., None] * self.A)
-        return u, x, dt, B, C, decay, (dt * u)[..., None] * B
+        decay, states = (x[:len(u)] for x in self.buffers)
+        torch.mul(dt, self.A, out=decay).exp_()
+        torch.mul(dt * u, B, out=states)
+        for state, a in zip(states.unbind(), decay.unbind()):
+            h = state.addcmul_(a, h)
+        return u, x, dt, B, C, decay, states
 
-    def start(self) -> torch.Tensor:
+    def forward(self, saved: Optional[torch.Tensor]) -> torch.Tensor:
+        """y (B, L, D), before the gate. The states before each chunk are written to `saved`."""
+        y = torch.empty(self.u.shape, dtype=self.acc, device=self.u.device)
+        h = self.start
+        for s in range(0, self.length, CHUNK_SIZE):
+            if saved is not None:
+                saved[:, s // CHUNK_SIZE] = h.transpose(1, 2).flatten(2)
+            t = slice(s, s + CHUNK_SIZE)
+            u, _, _, _, C, decay, states = self.chunk(t, h)
+            decayed = decay.mul_(torch.cat((h[None], states[:-1]))) if self.mask_diagonal else None
+            h = states[-1].clone()
+            torch.sum((states if decayed is None else decayed).mul_(C), -2, keepdim=True, out=y[t])
+            if self.mask_diagonal and s == 0:
+                y[0] = 0.
+            if self.D is not None:
+                y[t].addcmul_(u, self.D)
+        return self.batch_first(y, self.call.input)
+
+    def backward(self, dy: torch.Tensor, saved: torch.Tensor) -> List[torch.Tensor]:
+        """Gradients of u, delta, A, B, C, D and delta_bias.
+
+        g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1} is walked from the last token to the first, the states of a chunk
+        recomputed from the one before it.
+        """
+        dy = self.tokens_first(self.split(dy))
+        du, ddelta = torch.empty_like(dy), torch.empty_like(dy)
+        dB, dC = (torch.empty(self.B.shape, dtype=self.acc, device=dy.device) for _ in range(2))
+        dA = torch.zeros_like(self.A)
+        carry = torch.zeros_like(self.start)  # a_{t+1} g_{t+1} from the chunk after
+        for s in reversed(range(0, self.length, CHUNK_SIZE)):
+            t = slice(s, s + CHUNK_SIZE)
+            h = self.split(saved[:, s // CHUNK_SIZE]).squeeze(3).transpose(1, 2)
+            u, x, dt, B, C, decay, states = self.chunk(t, h)
+            decayed = decay * torch.cat((h[None], states[:-1]))
+            dy_C = dy[t]  # for C, which does not read the first state of a masked scan
+            if self.mask_diagonal and s == 0:
+                dy_C = torch.cat((torch.zeros_like(dy[:1]), dy[1:CHUNK_SIZE]))
+            dC[t] = ((decayed if self.mask_diagonal else states) * dy_C).sum(-1, keepdim=True)
+            g = dy_C * C
+            g[-1] += carry
+            for k in range(len(g) - 2, -1, -1):
+                g[k].addcmul_(decay[k + 1], g[k + 1])
+            # gradient of what a token adds to the state, which a masked diagonal hides until the next token
+            g_added = torch.cat((decay[1:] * g[1:], carry[None])) if self.mask_diagonal else g
+            carry = decay[0] * g[0]
+            dB[t] = (g_added * (dt * u)).sum(-1, keepdim=True)
+            g_B = (g_added * B).sum(-2, keepdim=True)
+            g_exponent = g * decayed
+            dA += (g_exponent * dt).sum((0, 1))
+            du[t] = g_B * dt
+            ddelta[t] = (g_exponent * self.A).sum(-2, keepdim=True) + g_B * u
+            if self.softplus:
+                ddelta[t] *= torch.where(x > 20., 1., torch.sigmoid(x))
         if self.residual and self.length:
-            return self.u[:, 0, ..., None].to(self.acc).expand(-1, -1, -1, self.d_state).contiguous()
-        return torch.zeros(
-            (self.batch, *self.A.shape), dtype=self.acc, device=self.u.device)
-
-    def states(self, h: torch.Tensor, decay: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """The states after each token of a chunk, (T, B, G, Dg, N), from the state before it."""
-        hs = h.new_empty(decay.shape[1], *h.shape)
-        for t in range(decay.shape[1]):
-            h = torch.addcmul(own[:, t], decay[:, t], h, out=hs[t])
-        return hs
-
-    def seen(self, s: int, hs: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """What C reads, (B, T, G, Dg, N): the state, or the state without the token's own contribution."""
-        hs = hs.transpose(0, 1)
-        if self.mask_diagonal:
-            hs = hs - own
-            if s == 0:
-                hs[:, 0] = 0.
-        return hs
-
-
-def _direction_backward(d: _Direction, dy: torch.Tensor, states: torch.Tensor) -> List[torch.Tensor]:
-    dy = d.split(d.ordered(dy))
-    du, ddelta = (torch.empty(dy.shape, dtype=d.acc, device=dy.device) for _ in range(2))
-    dB, dC = (torch.empty(x.shape, dtype=d.acc, device=dy.device) for x in (d.B, d.C))
-    dA = torch.zeros_like(d.A)
-    g = torch.zeros((d.batch, *d.A.shape), dtype=d.acc, device=dy.device)  # dL/dh flowing in from the next token
-    starts = range(0, d.length, CHUNK_SIZE)
-    for s in reversed(starts):
-        t = slice(s, s + CHUNK_SIZE)
-        u, x, dt, B, C, decay, own = d.chunk(s)
-        h0 = states[:, s // CHUNK_SIZE].mT.unflatten(1, d.A.shape[:2])
-        hs = d.states(h0, decay, own)
-        dyt = dy[:, t, ..., None]
-        dseen = dyt * C
-        if d.mask_diagonal and s == 0:
-            dseen[:, 0] = 0.
-        # gradients of the decayed state and of the token's own contribution: equal unless the diagonal is masked
-        g_state = torch.empty_like(decay)
-        g_own = torch.empty_like(decay) if d.mask_diagonal else g_state
-        for k in range(decay.shape[1] - 1, -1, -1):
-            if d.mask_diagonal:
-                g_own[:, k] = g
-            torch.add(g, dseen[:, k], out=g_state[:, k])
-            g = decay[:, k] * g_state[:, k]
-        before = torch.cat((h0[None], hs[:-1])).transpose(0, 1)
-        d_decay = g_state * before * decay
-        dt_u = dt * u
-        ddt = (d_decay * d.A).sum(-1) + (g_own * B).sum(-1) * u
-        du[:, t] = (g_own * B).sum(-1) * dt
-        dA += torch.einsum('btgdn,btgd->gdn', d_decay, dt)
-        dB[:, t] = (g_own * dt_u[..., None]).sum(3).view_as(dB[:, t])
-        dC[:, t] = (d.seen(s, hs, own) * dyt).sum(3).view_as(dC[:, t])
-        if d.D is not None:
-            du[:, t] += d.D * dy[:, t]
-        if d.softplus:
-            ddt = ddt * torch.where(x > 20., 1., torch.sigmoid(x))
-        ddelta[:, t] = ddt
-    if d.residual and d.length:
-        du[:, 0] += g.sum(-1)
-
-    dtype = d.u.dtype
-    du, ddelta = du.flatten(2), ddelta.flatten(2)
-    grads = [d.ordered(du).to(dtype), d.ordered(ddelta).to(dtype), dA.flatten(0, 1)]
-    grads += [d.ordered(dB).to(dtype), d.ordered(dC).to(dtype)]
-    if d.D is not None:
-        grads.append((dy * d.u.to(d.acc)).sum((0, 1)).flatten())
-    if d.bias is not None:
-        grads.append(ddelta.sum((0, 1)))
-    return grads
+            du[0] += carry.sum(-2, keepdim=True)
+        optional = []
+        if self.D is not None:
+            du += self.D * dy
+            optional.append((dy * self.u).sum((0, 1)).flatten())
+        if self.bias is not None:
+            optional.append(ddelta.sum((0, 1)).flatten())
+        u, delta, A, B, C, *_ = self.call.direction(self.index)
+        du, ddelta, dB, dC = (
+            self.batch_first(g.to(u.dtype), like) for g, like in ((du, u), (ddelta, delta), (dB, B), (dC, C)))
+        return [du, ddelta, dA.transpose(1, 2).reshape(A.shape), dB, dC, *optional]

@@ -137,11 +137,10 @@ def _tokens_first(x: torch.Tensor, reverse: bool) -> torch.Tensor:
 
 def _scan_arguments(call: ScanCall, i: int) -> Tuple[Optional[torch.Tensor], ...]:
     """u, delta, A, B, C, D, z, delta_bias as the compiled scan takes them, the gate left out."""
-    B, C = (x if x.ndim == 4 else x.unsqueeze(2) for x in (call.B[i], call.C[i]))
-    u, delta, B, C = (_channels_first(x, call.reverse[i]) for x in (call.u[i], call.delta[i], B, C))
-    return (
-        u, delta, call.A[i], B, C, call.D[i] if call.D else None, None,
-        call.delta_bias[i] if call.delta_bias else None)
+    u, delta, A, B, C, D, delta_bias = call.direction(i)
+    B, C = (x if x.ndim == 4 else x.unsqueeze(2) for x in (B, C))
+    u, delta, B, C = (_channels_first(x, call.reverse[i]) for x in (u, delta, B, C))
+    return u, delta, A, B, C, D, None, delta_bias
 
 
 def _conv_input(x: torch.Tensor, reverse: bool) -> torch.Tensor:

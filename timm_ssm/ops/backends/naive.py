@@ -47,12 +47,11 @@ class Naive(Backend):
 def _scan(call: ScanCall) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """out, and the sum before the gate if there is one."""
     dtype, acc = call.input.dtype, acc_dtype(call.input.dtype)
-    y = sum(
-        selective_scan_naive(
-            call.u[i].to(acc), call.delta[i].to(acc), call.A[i], call.B[i].to(acc), call.C[i].to(acc),
-            call.D[i] if call.D else None, None, call.delta_bias[i] if call.delta_bias else None,
-            call.delta_softplus, reverse, call.residual, call.mask_diagonal[i])
-        for i, reverse in enumerate(call.reverse))
+    y = 0
+    for i, reverse in enumerate(call.reverse):
+        *tensors, delta_bias = (x if x is None else x.to(acc) for x in call.direction(i))
+        y = y + selective_scan_naive(
+            *tensors, None, delta_bias, call.delta_softplus, reverse, call.residual, call.mask_diagonal[i])
     if call.z is None:
         return y.to(dtype), None
     return (y * torch.nn.functional.silu(call.z.to(acc))).to(dtype).contiguous(), y.to(dtype)

@@ -271,45 +271,45 @@ def _backward_direction(
                 Bn = tl.load(bc_ptr + at_bc, mask=bc_mask, other=0.)[:, :, None]
                 Cn = tl.load(bc_ptr + N * padded + at_bc, mask=bc_mask, other=0.)[:, :, None]
                 a = tl.exp2(dts * (An * LOG2E))
-                own = inputs * Bn
-                dseen = dy * Cn
+                added = inputs * Bn  # to the state
+                dread = dy * Cn  # gradient of the state that C reads
                 if MASK_DIAGONAL:
-                    dseen = tl.where((s + r == 0)[None, :, None], 0., dseen)
+                    dread = tl.where((s + r == 0)[None, :, None], 0., dread)
 
                 decayed = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # exp(dt A) h[t-1]
                 for k in tl.static_range(TILE):
                     hn *= take_token(a, k, r)
                     decayed = put_token(decayed, k, r, hn)
-                    hn += take_token(own, k, r)
+                    hn += take_token(added, k, r)
                 g = tl.zeros([AT_ONCE, TILE, BLOCK], acc)  # dL/dh
-                g_own = g  # dL/d(dt B u)
+                g_added = g  # dL/d(dt B u)
                 for k in tl.static_range(TILE):
                     if MASK_DIAGONAL:
-                        g_own = put_token(g_own, TILE - 1 - k, r, en)
-                    en += take_token(dseen, TILE - 1 - k, r)
+                        g_added = put_token(g_added, TILE - 1 - k, r, en)
+                    en += take_token(dread, TILE - 1 - k, r)
                     g = put_token(g, TILE - 1 - k, r, en)
                     en *= take_token(a, TILE - 1 - k, r)
                 tl.store(carries_ptr + at_n, en, mask=at_n_mask)
 
                 if MASK_DIAGONAL:
-                    seen = tl.where((s + r == 0)[None, :, None], 0., decayed)
+                    read = tl.where((s + r == 0)[None, :, None], 0., decayed)
                 else:
-                    seen = decayed + own
-                    g_own = g
+                    read = decayed + added
+                    g_added = g
                 g_decayed = g * decayed
-                dinputs += tl.sum(g_own * Bn, 0)[None, :, :]
+                dinputs += tl.sum(g_added * Bn, 0)[None, :, :]
                 ddecay += tl.sum(g_decayed * An, 0)[None, :, :]
                 tl.store(dparams_ptr + at_n, dA + tl.sum(g_decayed * dts, 1), mask=at_n_mask)
                 if RESIDUAL:
                     into_first += tl.sum(tl.where(at_n_mask, en, 0.), 0)[None, :]
                 if REDUCE == 'sum':
-                    tl.store(dbc_ptr + at_bc, tl.sum(g_own * inputs, 2), mask=bc_mask)
-                    tl.store(dbc_ptr + N * padded + at_bc, tl.sum(seen * dy, 2), mask=bc_mask)
+                    tl.store(dbc_ptr + at_bc, tl.sum(g_added * inputs, 2), mask=bc_mask)
+                    tl.store(dbc_ptr + N * padded + at_bc, tl.sum(read * dy, 2), mask=bc_mask)
                 else:
                     both = tl.arange(0, 2 * TILE)
                     tl.store(
                         dbc_ptr + (i + both // TILE * N) * padded + s + both % TILE,
-                        channel_sums(g_own * inputs, seen * dy, REDUCE))
+                        channel_sums(g_added * inputs, read * dy, REDUCE))
 
             us = tl.load(u_ptr + to * u_l + c3, mask=live, other=0.).to(acc)  # again, for want of registers
             du = dinputs * dts
