@@ -129,9 +129,9 @@ def cases(dtype):
     yield 'backward, N = 8, 160 channels', lambda: backward.scan_backward(
         small, small_out, small_out, small.new_states())
     long = scan_call(1, 1569, 384, 16, 2, dtype)
-    yield 'forward, split', lambda: forward.scan_forward(long, True)
+    yield 'forward, segmented', lambda: forward.scan_forward(long, True)
     long_out = long.u[0].new_zeros(long.u[0].shape)
-    yield 'backward, split', lambda: backward.scan_backward(long, long_out, long_out, long.new_states())
+    yield 'backward, segmented', lambda: backward.scan_backward(long, long_out, long_out, long.new_states())
     one = scan_call(1, 1, 1, 1, 2, dtype)  # sizes of 1 are compile-time constants
     one_out = one.u[0].new_zeros(one.u[0].shape)
     yield 'forward, smallest', lambda: forward.scan_forward(one, True)
