@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test fuzz timm-suite lint types sanitize wheel release-check cross gpu
+.PHONY: help demo test fuzz timm-suite lint types docs sanitize wheel release-check cross gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
 	@echo 'make test   run the tests'
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint   check the style'
 	@echo 'make sanitize   run the tests of the CPU kernels with address and undefined-behaviour sanitizers (minutes)'
 	@echo 'make types  check the types of what the package offers'
+	@echo 'make docs   build the documentation in build/docs'
 	@echo "make timm-suite   run timm's own model tests on the smaller models, or on MODELS='PATTERN ...'"
 	@echo 'make gpu    on a machine with a GPU: test the ops there, then time them (benchmarks/results)'
 	@echo 'make wheel  build dist/: the sdist, and a wheel for every Python and every Linux with glibc 2.17'
@@ -24,7 +25,7 @@ help:
 
 $(VENV)/installed: pyproject.toml setup.cfg setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[docs,test]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -69,6 +70,9 @@ sanitize: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the tools of a release live in an environment of their own, which needs no PyTorch
 RELEASE = $(VENV)/release
