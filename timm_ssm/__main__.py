@@ -1,4 +1,4 @@
-"""Run a script with the models of this package registered, and mamba-ssm's functions at hand.
+"""Run a script with the models of this package registered, and mamba-ssm's functions available.
 
     python -m timm_ssm SCRIPT [ARGS]
     torchrun --nproc-per-node 2 -m timm_ssm SCRIPT [ARGS]

@@ -1,4 +1,4 @@
-"""What other versions of timm and Pillow lack; each part is to be deleted with its reason."""
+"""Patches for other versions of timm and Pillow; each is deleted when its reason is gone."""
 from typing import Any
 
 from PIL import Image

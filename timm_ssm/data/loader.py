@@ -221,7 +221,7 @@ class SkippingBatches(BatchSampler):
 
 
 class TooManyBadClips(RuntimeError):
-    """More videos cannot be read than training puts up with."""
+    """More unreadable videos than `max_bad_clips` allows."""
 
 
 class ClipLoader:

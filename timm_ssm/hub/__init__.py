@@ -1,1 +1,1 @@
-"""Checkpoints on their way to and from the Hub: reading, converting, describing, publishing, trying out."""
+"""Checkpoints and the Hub: finding, converting, describing, publishing, classifying."""

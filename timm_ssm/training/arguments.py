@@ -279,11 +279,11 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
         'checkpoint, or end the run')
     add('--spike-threshold', type=float, default=8., metavar='Z',
         help='how far, in robust standard deviations of the latest 100 losses')
-    add('--max-spikes', type=at_least(0), default=20, metavar='N', help='spikes to put up with in a run')
+    add('--max-spikes', type=at_least(0), default=20, metavar='N', help='largest number of spikes in a run')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME', help='its project')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run')
-    add('--wandb-resume-id', default='', metavar='ID', help='run to go on with')
+    add('--wandb-resume-id', default='', metavar='ID', help='id of the run to resume')
     for flag in UNSUPPORTED:
         add(f'--{flag}', nargs='*', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser

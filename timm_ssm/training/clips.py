@@ -63,7 +63,7 @@ def add_clip_flags(parser: argparse.ArgumentParser, training: bool) -> None:
         add('--no-hflip', action='store_true', help='no flips, for classes that tell left from right')
         add('--short-side', type=int, nargs=2, default=[256, 320], metavar='N',
             help='range of the short side, for --train-crop-mode jitter')
-        add('--max-bad-clips', type=float, default=0.01, metavar='SHARE', help='unreadable videos to put up with')
+        add('--max-bad-clips', type=float, default=0.01, metavar='SHARE', help='largest share of unreadable videos')
     else:
         add('--frame-order', default='sequential', metavar='ORDER', help=f'{", ".join(FRAME_ORDERS)}')
         add('--scores-file', default='', metavar='FILE', help='write the scores of each video, as .csv or .npz')

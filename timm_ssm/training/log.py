@@ -1,4 +1,4 @@
-"""What a run says of itself: lines, progress bars, summary.csv and Weights & Biases."""
+"""Logging of a run: lines, progress bars, summary.csv and Weights & Biases."""
 import argparse
 import csv
 import logging
@@ -23,7 +23,7 @@ def setup_logging(primary: bool = True) -> None:
 
 
 def show_progress(batches: Iterable, num_batches: int, title: str, log_interval: int, unit: str = 'img') -> Iterator:
-    """Pass batches on, with a progress bar on a terminal and a line every `log_interval` batches elsewhere."""
+    """Yield batches, with a progress bar on a terminal and a line every `log_interval` batches elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm(batches, total=num_batches, desc=title, leave=False, unit='batch')
         return
@@ -56,7 +56,7 @@ class EpochLog:
         self.bar.close()
 
     def wait_for(self, batches: Iterable) -> Iterator:
-        """Pass batches on, taking the time that it takes to get them."""
+        """Yield batches, measuring the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()

@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """How far training is: batches done of an epoch, and the sum of their losses."""
+    """Position in an epoch: batches done, and the sum of their losses."""
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.

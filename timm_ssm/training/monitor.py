@@ -1,4 +1,4 @@
-"""What goes on inside a run: statistics at intervals in monitor.csv, and spikes of the loss."""
+"""Monitoring of a run: statistics at intervals in monitor.csv, and spikes of the loss."""
 import csv
 import logging
 import os

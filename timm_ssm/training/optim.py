@@ -145,5 +145,5 @@ def create_autocast(args: argparse.Namespace) -> Callable:
 
 
 def create_loss_scaler(args: argparse.Namespace) -> torch.amp.GradScaler:
-    """What keeps gradients in float16's range; it does nothing in the other precisions."""
+    """The loss scaler for float16; it does nothing in the other precisions."""
     return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp and args.amp_dtype == 'float16')

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start together, own its folder and end together."""
+"""The processes of a run: joining them, locking its folder, stopping them after the same step."""
 import argparse
 import glob
 import logging
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 def setup_process(args: argparse.Namespace) -> torch.device:
-    """Join the other processes, if there are any, and choose this one's device; sets `args.rank` and its like."""
+    """Join the other processes, if any, and select this one's device; sets `args.rank` and its like."""
     device = utils.init_distributed_device(args)
     setup_logging(utils.is_primary(args))
     if device.type == 'cuda':
@@ -61,7 +61,7 @@ def decide_once(args: argparse.Namespace, decide: Callable[[], Any]) -> Any:
 
 @contextmanager
 def run_folder(args: argparse.Namespace) -> Iterator[str]:
-    """The folder of a run, which no other run has meanwhile; it goes away again if nothing is written there."""
+    """The folder of a run, locked against other runs; removed again if nothing is written there."""
     lock = None
 
     def open_folder() -> str:
@@ -93,7 +93,7 @@ def make_folder(args: argparse.Namespace) -> str:
 
 
 def lock_folder(folder: str) -> IO:
-    """Keep other runs out of a folder, until the returned file is closed or the process ends in whatever way."""
+    """Lock a folder against other runs until the returned file is closed or the process ends."""
     path = os.path.join(folder, LOCK)
     while True:
         os.makedirs(folder, exist_ok=True)
@@ -135,7 +135,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Tells the processes of a run to end together, after the same step.
+    """Stops the processes of a run after the same step.
 
     Any of them is asked by SIGTERM, which batch systems send some time before they kill, by Ctrl-C or, if it runs under
     torchrun, by torchrun's death. A second Ctrl-C is a KeyboardInterrupt.
@@ -165,13 +165,13 @@ class StopSignal:
             os.write(2, b'\nCtrl-C: ends after this step; again to end at once\n')  # print may be what was interrupted
 
     def asked(self) -> Optional[signal.Signals]:
-        """The signal that asked this process, if one did."""
+        """The signal that this process received, if any."""
         if self.parent is not None and self.parent != os.getppid():
             return signal.SIGTERM
         return self.received
 
     def agreed(self) -> Optional[signal.Signals]:
-        """The signal that asked any process, if one did; all of them have to call this after the same step."""
+        """The signal that any process received, if any; all processes must call this after the same step."""
         if self.group is None:
             return self.asked()
         number = torch.tensor(self.asked() or 0)
@@ -179,7 +179,7 @@ class StopSignal:
         return signal.Signals(int(number)) if number else None
 
     def cut(self, batches: Iterable) -> Iterator:
-        """Pass batches on until this process is asked to end, one at least."""
+        """Yield batches, at least one, until this process receives a signal."""
         for batch in batches:
             yield batch
             if self.asked():

@@ -1,4 +1,4 @@
-"""What a run goes on from, and how its state is put back."""
+"""Which checkpoint a run resumes from, and restoring its state."""
 import argparse
 import logging
 import os
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ResumePoint(NamedTuple):
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
     path: str
     state: Dict[str, Any]
     same_run: bool  # it is of the folder that the run writes to
@@ -80,7 +80,7 @@ def read_training_state(path: str) -> Dict[str, Any]:
 
 
 def restore(args: argparse.Namespace, trainer: Trainer, point: Optional[ResumePoint]) -> Progress:
-    """Put model, optimiser, schedule and averaged weights where the run starts; returns where that is."""
+    """Restore model, optimiser, schedule and averaged weights; returns where the run starts."""
     state = point.state if point else {}
     progress = restore_state(args, trainer, point) if point else Progress()
     if args.start_epoch is not None:
@@ -146,7 +146,7 @@ def load_training_state(trainer: Trainer, state: Dict[str, Any], with_optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> None:
-    """Load what an optimiser has gathered; learning rates, decay and the like stay those that it was made with."""
+    """Load an optimiser's moments; learning rates, decay and other settings stay those it was created with."""
     settings = [
         {k: v for k, v in group.items() if k != 'params' and not k.endswith('step')}  # some count steps in groups
         for group in optimizer.param_groups]

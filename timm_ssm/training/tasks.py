@@ -1,4 +1,4 @@
-"""What is learned: timm's tasks and their losses, and the alignment of tokens."""
+"""Training tasks: timm's tasks and their losses, and the alignment of tokens."""
 import argparse
 from typing import Any, Dict, Tuple, Union
 

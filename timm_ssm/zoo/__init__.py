@@ -1,4 +1,4 @@
-"""What is known of the models: published figures, counted figures, datasets and their classes, model cards."""
+"""Facts about the models: published figures, counted figures, datasets and their classes, model cards."""
 from .datasets import DATASETS, class_names
 from .published import PUBLISHED
 from .registry import counted, describe, list_names

@@ -1,4 +1,4 @@
-"""What a Hub repository of a checkpoint says about it: config.json, in timm's format, and README.md, the model card.
+"""The files that describe a checkpoint on the Hub: config.json, in timm's format, and README.md, the model card.
 
 A card's generated sections lie between markers and are rewritten; what people write before, between and after them
 stays.

@@ -1,4 +1,4 @@
-"""The models of this package, and what is known of each."""
+"""The models of this package with their facts: tags, figures, licences, cached files."""
 import fnmatch
 import functools
 import json
