@@ -13,6 +13,7 @@ import sys
 
 import timm_ssm  # noqa: F401  registers the models
 from timm_ssm import compat
+from timm_ssm._compat import mend_device_ids
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11's -P leaves both folders out
         sys.path[0] = os.path.dirname(os.path.abspath(script))
     compat.install()
+    mend_device_ids()
     runpy.run_path(script, run_name='__main__')
 
 

@@ -1,6 +1,8 @@
 """Patches for other versions of timm and Pillow; each is deleted when its reason is gone."""
-from typing import Any
+import functools
+from typing import Any, Optional
 
+import torch
 from PIL import Image
 from timm.data import auto_augment
 
@@ -10,7 +12,7 @@ except ImportError:  # timm < 1.0.31 keeps no record of a model's current input 
     def update_model_input_size(model, img_size, **model_args) -> None:
         """Do nothing."""
 
-__all__ = ['mend_posterize', 'update_model_input_size']
+__all__ = ['mend_device_ids', 'mend_posterize', 'update_model_input_size']
 
 
 def posterize(img: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
@@ -32,3 +34,23 @@ def mend_posterize() -> None:
         # our function by its own name: processes that load data find it by import, whichever way they are started
         ops = {name: posterize for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
         auto_augment.NAME_TO_OP.update(ops)
+
+
+def mend_device_ids() -> None:
+    """Let timm's train.py run in several processes on CPUs.
+
+    It names its device to DistributedDataParallel, which takes devices of GPUs only (timm 1.0.31).
+    """
+    from timm import task
+
+    def without_cpus(prepare):
+        @functools.wraps(prepare)
+        def prepare_distributed(self, device_ids: Optional[list] = None, **kwargs: Any):
+            if device_ids and all(torch.device(d).type == 'cpu' for d in device_ids):
+                device_ids = None
+            return prepare(self, device_ids=device_ids, **kwargs)
+        return prepare_distributed
+
+    for kind in vars(task).values():
+        if isinstance(kind, type) and 'prepare_distributed' in vars(kind):
+            kind.prepare_distributed = without_cpus(kind.prepare_distributed)

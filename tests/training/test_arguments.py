@@ -77,7 +77,7 @@ def test_values_from_the_file_and_the_command_line(tmp_path):
     (dict(input_size=224), 'argument --input-size: expected 3 arguments'),
     (dict(decay_milestones=[1, 'x']), "argument --decay-milestones: invalid int value: 'x'"),
     (dict(torchscript=True), '--torchscript: left out of this script.*python -m timm_ssm'),
-    (dict(aug_splits=3), '--aug-splits: left out'),
+    (dict(train_img_sizes=[128, 224]), '--train-img-sizes: left out'),
 ])
 def test_mistakes_in_the_file(tmp_path, capsys, config, message):
     path = write(tmp_path, **config)
@@ -95,7 +95,13 @@ def test_a_file_that_is_no_mapping(tmp_path, capsys):
     (['--naflex-loader'], '--naflex-loader: left out of this script'),
     (['--local-rank=1'], '--local-rank: left out'),
     (['--sync-bn', '--device', 'cpu'], '--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device cpu'),
-    (['--sched', 'plateau'], 'cannot be resumed'),
+    (['--aug-splits', '1'], '--aug-splits: got 1, needs 0 or at least 2'),
+    (['--aug-splits', '2', '--mixup', '0.2'], 'neither with mixup and cutmix'),
+    (['--jsd-loss'], 'needs --aug-splits'),
+    (['--split-bn'], 'needs --aug-splits or --resplit'),
+    (['--amp', '--model-dtype', 'bfloat16'], 'needs weights of float32, got --model-dtype bfloat16'),
+    (['--sched', 'cosine_per_step', '--epochs', '4'], '--warmup-epochs: got 5, needs fewer than --epochs 4'),
+    (['--layer-decay-mode', 'released'], 'needs --layer-decay'),
     (['--sched', 'none', '--layer-decay', '0.7'], 'the schedule that applies --layer-decay'),
     (['--resume', 'auto'], 'needs --experiment'),
     (['--mixup', '0.8', '--batch-size', '5'], 'mixup and cutmix need an even batch'),

@@ -14,7 +14,20 @@ import torch
 
 from timm_ssm.training.resume import load_optimizer
 
-from .utils import BUSY, MODEL, PLAIN, ROOT, VIDEOMAMBA, assert_same_run, crash_at_step, load, run, tensors
+from .utils import (
+    BUSY,
+    MODEL,
+    PLAIN,
+    ROOT,
+    VIDEOMAMBA,
+    assert_same_run,
+    crash_at_step,
+    load,
+    run,
+    scripted_metrics,
+    summary,
+    tensors,
+)
 
 
 class TestResume:
@@ -26,7 +39,8 @@ class TestResume:
         [*BUSY, '--amp', '--amp-dtype', 'float16', '--opt', 'lamb', '--sched', 'step', '--decay-epochs', '1'],
         ['--opt', 'momentum', '--lr', '0.1', '--val-split', '', '--mixup', '0.5', '--mixup-off-epoch', '2'],
         [*BUSY, '--workers', '1', *VIDEOMAMBA],
-    ], ids=['busy', 'updates', 'bfloat16', 'float16', 'plain', 'videomamba'])
+        ['--lr', '0.1', '--aug-splits', '2', '--jsd-loss', '--aa', 'rand-m5', '--model-dtype', 'bfloat16'],
+    ], ids=['busy', 'updates', 'bfloat16', 'float16', 'plain', 'videomamba', 'splits'])
     def test_between_epochs(self, digits, tmp_path, flags):
         whole = run(digits, tmp_path / 'a', '--epochs', 3, *flags)
         run(digits, tmp_path / 'b', '--epochs', 3, *flags, '--stop-epoch', 1, '--resume', 'auto')
@@ -37,6 +51,20 @@ class TestResume:
         last = load(parts / 'last.pth.tar')
         assert first['epoch'] == 0 and last['epoch'] == 2
         assert not torch.equal(first['state_dict']['head.weight'], last['state_dict']['head.weight'])
+
+    def test_plateau(self, digits, tmp_path, monkeypatch):
+        flags = ['--epochs', 6, '--lr', '0.1', '--sched', 'plateau', '--patience-epochs', 1, '--lr-noise', '0.1']
+        top1 = [50, 40, 60, 50, 50, 50]
+        scripted_metrics(monkeypatch, top1)
+        whole = run(digits, tmp_path / 'a', *flags)
+        done = 0
+        for stop in (1, 4, 5, 6):  # the fourth and fifth count towards the patience
+            scripted_metrics(monkeypatch, top1[done:])
+            done = stop
+            parts = run(digits, tmp_path / 'b', *flags, '--stop-epoch', stop, '--resume', 'auto')
+        assert_same_run(whole, parts)
+        rates = [float(row['lr']) for row in summary(whole)]
+        assert rates[-1] < 0.05 < rates[0]
 
     @pytest.mark.parametrize('flags', [
         [*BUSY, '--workers', '0'],

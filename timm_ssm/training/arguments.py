@@ -20,8 +20,7 @@ UNSUPPORTED = {
     'task': 'classification', 'target-format': None, 'multilabel-threshold': 0.5, 'class-stats': None,
     'loss-class-weight': None, 'loss-pos-weight': None, 'loss-weight-power': None, 'poly-epsilon': 2., 'poly-gamma': 0.,
     'torchscript': False, 'fuser': '', 'device-modules': None, 'synchronize-step': False, 'local-rank': 0,
-    'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'model-dtype': None,
-    'aug-splits': 0, 'jsd-loss': False, 'split-bn': False, 'tta': 0, 'save-images': False,
+    'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'tta': 0, 'save-images': False,
     'use-multi-epochs-loader': False, 'persistent-workers': True,
     'train-img-sizes': None, 'train-batch-sizes': None, 'train-size-probs': None, 'train-size-schedule': 'constant',
     'train-size-schedule-spread': 0.65, 'train-size-random-mix': 0.1, 'train-batches-per-epoch': None,
@@ -137,6 +136,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--bn-momentum', type=float, metavar='M', help='momentum of batch norms')
     add('--bn-eps', type=float, metavar='EPS', help='epsilon of batch norms')
     add('--sync-bn', action='store_true', help='synchronise batch norms over processes')
+    add('--split-bn', action='store_true', help='batch norms of their own for each augmentation split')
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
     add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -148,6 +148,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--model-dtype', choices=('float32', 'bfloat16'), help='type of the weights and images; without --amp')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
 
     add = parser.add_argument_group('Optimiser').add_argument
@@ -203,7 +204,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--lr-noise', type=float, nargs='+', metavar='PCT', help='share of the schedule where noise is on')
     add('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='limit of the noise')
     add('--lr-noise-std', type=float, default=1., metavar='STD', help='standard deviation of the noise')
-    add('--patience-epochs', type=int, default=10, metavar='N', help=argparse.SUPPRESS)  # plateau only, see check_args
+    add('--patience-epochs', type=int, default=10, metavar='N', help='epochs without progress to decay after (plateau)')
 
     add = parser.add_argument_group('Augmentation and loss').add_argument
     add('--no-aug', action='store_true', help='no augmentation at all')
@@ -217,6 +218,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--grayscale-prob', type=float, metavar='P', help='probability of greyscale')
     add('--gaussian-blur-prob', type=float, metavar='P', help='probability of blur')
     add('--aa', metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy')
+    add('--aug-splits', type=int, default=0, metavar='N', help='a clean and N - 1 augmented copies of each image, or 0')
+    add('--jsd-loss', action='store_true', help='make the outputs for them alike (Jensen-Shannon divergence)')
     add('--aug-repeats', type=float, default=0, metavar='N', help='repeats of an image in a distributed batch')
     add('--train-interpolation', default='random', metavar='NAME', help='interpolation')
     add('--reprob', type=float, default=0., metavar='P', help='probability of random erasing')
@@ -393,8 +396,16 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         args.eval_metric = 'loss'  # of training
     if args.sync_bn and args.device.startswith('cpu'):
         parser.error(f'--sync-bn: PyTorch synchronises batch norms on GPUs only, got --device {args.device}')
-    if args.sched == 'plateau':
-        parser.error('--sched plateau: its state is in no checkpoint, so it cannot be resumed; try cosine, step or wsd')
+    if args.aug_splits == 1 or args.aug_splits < 0:
+        parser.error(f'--aug-splits: got {args.aug_splits}, needs 0 or at least 2')
+    if args.aug_splits and (uses_soft_targets(args) or args.no_prefetcher):
+        parser.error('--aug-splits goes neither with mixup and cutmix nor with --no-prefetcher')
+    if args.jsd_loss and not args.aug_splits:
+        parser.error('--jsd-loss needs --aug-splits')
+    if args.split_bn and not (args.aug_splits or args.resplit):
+        parser.error('--split-bn needs --aug-splits or --resplit')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        parser.error(f'--amp needs weights of float32, got --model-dtype {args.model_dtype}')
     if args.sched == 'cosine_per_step' and args.warmup_epochs >= args.epochs:
         parser.error(f'--warmup-epochs: got {args.warmup_epochs}, needs fewer than --epochs {args.epochs}')
     if args.layer_decay_mode == 'released' and args.layer_decay is None:

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from timm import utils
-from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    ImageDataset,
+    Mixup,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -17,6 +25,7 @@ from ..data import ClipMixup
 from ..hub.classify import to_mode
 from .arguments import UsageError, errors_of, uses_soft_targets
 from .clips import create_clip_loaders
+from .model import model_dtype
 from .processes import leave_signals_to_parent
 
 _logger = logging.getLogger(__name__)
@@ -124,7 +133,7 @@ class TrainBatches:
 
     Args:
         loader: Yields inputs and targets.
-        args: Its seed, rank, channels_last and mixup_off_epoch are used.
+        args: Its seed, rank, channels_last, model_dtype and mixup_off_epoch are used.
         device: Where the batches go.
         mixup_fn: Mixes batches, if anything does.
         mix_in_loader: It is part of the loader, as its collate function.
@@ -142,6 +151,7 @@ class TrainBatches:
         self.loader = loader
         self.args = args
         self.device = device
+        self.dtype = model_dtype(args)
         self.mixup_fn = mixup_fn
         self.mix_in_loader = mix_in_loader
 
@@ -172,7 +182,7 @@ class TrainBatches:
             if i < start:
                 continue
             seed_all(*key, 2 * i + 2)
-            input, target = input.to(self.device), target.to(self.device)
+            input, target = input.to(self.device, self.dtype), target.to(self.device)
             if self.mixup_fn is not None and not self.mix_in_loader:
                 input, target = self.mixup_fn(input, target)
             if self.args.channels_last:
@@ -233,7 +243,11 @@ def create_data(
         use_prefetcher=not args.no_prefetcher,
         distributed=args.distributed,
         device=device,
+        img_dtype=model_dtype(args),
     )
+    class_to_idx = getattr(getattr(dataset_train, 'reader', None), 'class_to_idx', None) or {}
+    if args.aug_splits:
+        dataset_train = AugMixDataset(dataset_train, args.aug_splits)
     loader_train = create_loader(
         dataset_train,
         batch_size=args.batch_size,
@@ -254,6 +268,7 @@ def create_data(
         gaussian_blur_prob=args.gaussian_blur_prob or 0.,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
         interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
         collate_fn=mixup_fn if mix_in_loader else None,
         worker_seeding=args.worker_seeding,
@@ -276,5 +291,5 @@ def create_data(
         TrainBatches(loader_train, args, device, mixup_fn, mix_in_loader),
         loader_eval,
         eval_samples,
-        getattr(getattr(dataset_train, 'reader', None), 'class_to_idx', None) or {},
+        class_to_idx,
     )

@@ -32,11 +32,12 @@ def evaluate(
         `loss`, and `top1` and `top5` in percent; with fewer than 5 classes top5 is 100.
     """
     model.eval()
+    model_dtype = next(model.parameters()).dtype
     dtype = torch.float32 if device.type == 'mps' else torch.float64
     seen, totals = 0, torch.zeros(3, dtype=dtype, device=device)  # loss, top-1 hits, top-5 hits
     with torch.inference_mode():
         for input, target in loader:
-            input, target = input.to(device), target.to(device)
+            input, target = input.to(device, model_dtype), target.to(device)
             if channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
             with autocast():

@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from .data import TrainBatches
 from .log import EpochLog
 from .monitor import Monitor, Spiked, SpikeDetector
-from .optim import create_autocast, create_loss_scaler
+from .optim import create_autocast, create_loss_scaler, plateau_state
 from .processes import Stopped, StopSignal
 
 _logger = logging.getLogger(__name__)
@@ -198,6 +198,7 @@ class Trainer:
         state = dict(
             epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=self.optimizer.state_dict(),
             **(dict(amp_scaler=self.loss_scaler.state_dict()) if self.loss_scaler.is_enabled() else {}),
+            **(dict(plateau=plateau_state(self.scheduler)) if args.sched == 'plateau' else {}),
             **({} if self.spikes is None else dict(spikes=self.spikes.state_dict())),
             **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))
         for key in ('state_dict', 'state_dict_ema'):  # safetensors takes no channels-last tensors

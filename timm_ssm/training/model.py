@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import torch
-from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
 from torch import nn
 
@@ -40,6 +40,11 @@ def resolve_input(args: argparse.Namespace) -> Dict[str, Any]:
         if cfg is not None and cfg.fixed_input_size:
             kwargs.setdefault('img_size', tuple(size))
     return kwargs
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Type of the weights and of what the model is given."""
+    return getattr(torch, args.model_dtype or 'float32')
 
 
 def to_channels_last(model: nn.Module) -> None:
@@ -109,7 +114,9 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
             model.get_classifier().bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    model.to(device)
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device, model_dtype(args))
     if args.channels_last:
         to_channels_last(model)
     if args.distributed and args.sync_bn:

@@ -137,6 +137,22 @@ def create_scheduler(
     return scheduler, stop_epoch
 
 
+def plateau_state(scheduler: Any) -> Dict[str, Any]:
+    """What `--sched plateau` has seen; timm's state_dict of it lacks the counters and the learning rates."""
+    return dict(
+        scheduler.lr_scheduler.state_dict(), lrs=[group['lr'] for group in scheduler.optimizer.param_groups],
+        restore_lr=scheduler.restore_lr)
+
+
+def load_plateau_state(scheduler: Any, state: Dict[str, Any]) -> None:
+    """Go on from `plateau_state`."""
+    state = dict(state)
+    for group, lr in zip(scheduler.optimizer.param_groups, state.pop('lrs')):
+        group['lr'] = lr
+    scheduler.restore_lr = state.pop('restore_lr')
+    scheduler.lr_scheduler.load_state_dict(state)
+
+
 def create_autocast(args: argparse.Namespace) -> Callable:
     """Makes the context that a model runs in."""
     if not args.amp:

@@ -14,6 +14,7 @@ from .arguments import UsageError, errors_of
 from .checkpoints import Checkpoints
 from .loop import Progress, Trainer
 from .monitor import Spiked
+from .optim import load_plateau_state
 from .processes import decide_once
 
 _logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def restore(args: argparse.Namespace, trainer: Trainer, point: Optional[ResumePo
         if progress.epoch:
             trainer.scheduler.step(progress.epoch)
         trainer.scheduler.step_update(num_updates)
+        if args.sched == 'plateau' and 'plateau' in state:
+            load_plateau_state(trainer.scheduler, state['plateau'])
     if args.model_ema:
         trainer.task.setup_ema(
             decay=args.model_ema_decay,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm import utils
 from timm.layers import RmsNorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import (
     ClassificationTask,
     DistillationTeacher,
@@ -22,12 +22,21 @@ from .arguments import errors_of, uses_soft_targets
 from .clips import clip_length
 
 
+class JensenShannon(JsdCrossEntropy):
+    """timm's, of float32; it calls no hooks."""
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().__call__(output.float(), target)
+
+
 def create_loss(args: argparse.Namespace) -> nn.Module:
     """The loss on logits, in float32 whatever the model runs in.
 
     Mixup and cutmix make soft targets, with the label smoothing in them already.
     """
-    if args.bce_loss or args.loss == 'bce':
+    if args.jsd_loss:
+        loss = JensenShannon(args.aug_splits, smoothing=args.smoothing)
+    elif args.bce_loss or args.loss == 'bce':
         loss = BinaryCrossEntropy(
             smoothing=0. if uses_soft_targets(args) else args.smoothing,
             target_threshold=args.bce_target_thresh,
@@ -111,15 +120,15 @@ class TokenAlignmentTask(FeatureDistillationTask):
     """
 
     def __init__(self, student_model: nn.Module, teacher_model: Union[str, nn.Module], **kwargs: Any):
-        device = kwargs.get('device')
+        device, dtype = kwargs.get('device'), kwargs.get('dtype')
         if isinstance(teacher_model, str):
             teacher_model = DistillationTeacher(
-                teacher_model, student_model.num_classes, student_model.in_chans, device=device).model
-        teacher = DistillationTeacher(TeacherTokens(teacher_model, student_model), device=device)
+                teacher_model, student_model.num_classes, student_model.in_chans, device=device, dtype=dtype).model
+        teacher = DistillationTeacher(TeacherTokens(teacher_model, student_model), device=device, dtype=dtype)
         super().__init__(student_model, teacher, student_feature_dim=1, teacher_feature_dim=1, **kwargs)
         dim = student_model.num_features
         self.trainable_module = TokenAlignmentModule(student_model, nn.Sequential(
-            RmsNorm(dim, device=self.device), nn.Linear(dim, teacher.model.num_features, device=self.device)))
+            RmsNorm(dim), nn.Linear(dim, teacher.model.num_features)).to(self.device, self.dtype))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         logits, tokens = self.trainable_module(input)
@@ -146,7 +155,8 @@ def create_task(args: argparse.Namespace, model: nn.Module, device: torch.device
 
 
 def _create_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
-    kwargs = dict(criterion=create_loss(args).to(device), device=device, verbose=utils.is_primary(args))
+    dtype = next(model.parameters()).dtype
+    kwargs = dict(criterion=create_loss(args).to(device), device=device, dtype=dtype, verbose=utils.is_primary(args))
     if args.kd_model_name is None:
         return ClassificationTask(model, **kwargs)
     kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
