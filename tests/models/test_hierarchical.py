@@ -90,6 +90,17 @@ def test_wrong_arguments_and_input(name):
             model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=indices)
 
 
+@pytest.mark.parametrize('name', [*ONE_OF_EACH, 'stable_groupmamba_small'])
+def test_head_before_pooling(name):
+    """timm resets a head whose pooling is '': it is made, and refused when it runs without a pooling."""
+    model, x = tiny(name, num_classes=0, global_pool='').eval(), torch.randn(2, 3, 64, 64)
+    model.reset_classifier(3)
+    with pytest.raises(AssertionError, match="global_pool: got '' with a head, needs a pooling"):
+        model(x)
+    model.reset_classifier(3, 'avg')
+    assert model(x).shape == (2, 3)
+
+
 def test_image_size():
     """A family without windows says that it needs none; no image has no pixels."""
     for name in set(ONE_OF_EACH) - {'mambavision_tiny'}:

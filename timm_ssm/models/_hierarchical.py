@@ -111,9 +111,12 @@ class HierarchicalModel(nn.Module):
         """The classifier head."""
         return self.head
 
-    def set_head(self, num_classes: int, global_pool: str) -> None:
-        """Make the pooling and the head."""
-        check_head(num_classes, global_pool)
+    def set_head(self, num_classes: int, global_pool: Optional[str]) -> None:
+        """Make the head and the pooling, which None keeps, even if it is '': timm sets a head before a pooling."""
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        else:
+            check_head(num_classes, global_pool)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.global_pool, self.head = create_classifier(
@@ -127,7 +130,7 @@ class HierarchicalModel(nn.Module):
             num_classes: Classes; 0 for no head.
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
-        self.set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        self.set_head(num_classes, global_pool)
         self.global_pool.train(self.training)
         self.head.train(self.training)
 
@@ -216,7 +219,16 @@ class HierarchicalModel(nn.Module):
         """Features (B, C, H, W) to logits (B, num_classes), or to what the classifier would get."""
         x = self.global_pool(x)
         x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        self.refuse_unpooled(x)
+        return self.head(x)
+
+    def refuse_unpooled(self, x: torch.Tensor) -> None:
+        """Raise an AssertionError for a head's input that is a map."""
+        _assert(
+            self.num_classes == 0 or x.ndim == 2,
+            "global_pool: got '' with a head, needs a pooling, as of reset_classifier(num_classes, 'avg')")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.forward_features(x)

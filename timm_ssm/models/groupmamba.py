@@ -348,11 +348,10 @@ class GroupMamba(HierarchicalModel):
             num_classes: Classes; 0 for no head.
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
-        if global_pool is None:
-            global_pool = self.global_pool
-        _check_pool(global_pool)
-        check_head(num_classes, global_pool)
-        self.global_pool = global_pool
+        if global_pool is not None:
+            _check_pool(global_pool)
+            check_head(num_classes, global_pool)
+            self.global_pool = global_pool
         weight = self.stem[0].weight
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features
@@ -386,6 +385,7 @@ class GroupMamba(HierarchicalModel):
         x = self.head_drop(x)
         if pre_logits:
             return x
+        self.refuse_unpooled(x)
         if self.head_dist is None:
             return self.head(x)
         x, x_dist = self.head(x), self.head_dist(x)
