@@ -7,9 +7,10 @@ BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
 
-.PHONY: help demo test fuzz timm-suite lint types docs sanitize wheel release-check cross gpu
+.PHONY: help demo demo-video test fuzz timm-suite lint types docs sanitize wheel release-check cross gpu
 help:
 	@echo 'make demo   train a small VideoMamba on handwritten digits and use it'
+	@echo 'make demo-video   train a small VideoMamba on clips whose class is the motion, and on less than that'
 	@echo 'make test   run the tests'
 	@echo 'make fuzz SECONDS=600   try random arguments, files and flags for so long, and count them'
 	@echo 'make lint   check the style'
@@ -40,6 +41,25 @@ demo: $(VENV)/installed
 	@echo
 	@cat $(DEMO)/results.csv
 	@echo 'The best checkpoint is $(DEMO)/train/model_best.pth.tar, the learning curve $(DEMO)/curve.png.'
+
+VIDEO = output/demo-video
+TRAIN_VIDEO = OMP_NUM_THREADS=1 $(BIN)/python train.py --config demo/motion.yaml --output $(VIDEO) --experiment
+VALIDATE_VIDEO = $(BIN)/python validate.py $(VIDEO)/motions --workers 1 --checkpoint
+PHOTOGRAPHS = --data-dir $(VIDEO)/photographs --num-classes 8 --epochs 3
+demo-video: $(VENV)/installed
+	rm -rf $(VIDEO)
+	$(BIN)/python demo/make_motion_clips.py $(VIDEO)
+	@# which motion a clip shows: a model of 8 frames, the same on shuffled ones, and one of a single frame
+	$(TRAIN_VIDEO) clips --data-dir $(VIDEO)/motions
+	$(TRAIN_VIDEO) frames --data-dir $(VIDEO)/motions --dataset video --num-frames 1 --epochs 2
+	$(VALIDATE_VIDEO) $(VIDEO)/clips/model_best.pth.tar --results-file $(VIDEO)/in_order.csv
+	$(VALIDATE_VIDEO) $(VIDEO)/clips/model_best.pth.tar --frame-order shuffled --results-file $(VIDEO)/shuffled.csv
+	$(VALIDATE_VIDEO) $(VIDEO)/frames/model_best.pth.tar --dataset video --results-file $(VIDEO)/one_frame.csv
+	@# which photograph it is of: an image model, and a clip model from scratch and from that
+	$(TRAIN_VIDEO) images $(PHOTOGRAPHS) --dataset video --num-frames 1
+	$(TRAIN_VIDEO) from_scratch $(PHOTOGRAPHS)
+	$(TRAIN_VIDEO) from_images $(PHOTOGRAPHS) --initial-checkpoint $(VIDEO)/images/model_best.pth.tar
+	$(BIN)/python demo/plot_motion.py $(VIDEO)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

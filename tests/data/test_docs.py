@@ -87,6 +87,12 @@ def test_commands(command, folder, tmp_path, monkeypatch, capsys):
     assert model.patch_embed.num_frames == 8 and (tmp_path / 'docs/model_best.pth.tar').exists()
 
 
+def test_other_commands():
+    others = [c.split()[:2] for c in COMMANDS if not re.match('python|timm-ssm', c)]
+    assert others == [['pip', 'install'], ['make', 'demo-video']]
+    assert re.search('^demo-video:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+
+
 def test_every_flag_for_videos_is_described():
     described = set(re.findall(r'--[a-z-]+', GUIDE))
     for module in (arguments, validate):

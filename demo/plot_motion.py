@@ -1,0 +1,52 @@
+"""Print and draw what the runs of `make demo-video` say.
+
+    python demo/plot_motion.py FOLDER
+
+FOLDER has the results of validate.py on motions, and the runs from_scratch and from_images of train.py on photographs.
+"""
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+RESULTS = {'8 frames in order': 'in_order', '8 frames, shuffled': 'shuffled', 'one frame': 'one_frame'}
+RUNS = {'from scratch': 'from_scratch', 'from an image model': 'from_images'}
+
+
+def read(path: Path, key: str) -> list:
+    with open(path, newline='') as f:
+        return [float(row[key]) for row in csv.DictReader(f)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('folder', type=Path)
+    folder = parser.parse_args().folder
+    top1 = {name: read(folder / f'{file}.csv', 'top1')[0] for name, file in RESULTS.items()}
+    curves = {name: read(folder / run / 'summary.csv', 'eval_top1') for name, run in RUNS.items()}
+    print('top-1 in % on motions of new photographs (chance: 50)')
+    for name, value in top1.items():
+        print(f'  {name:<20}{value:8.1f}')
+    print('top-1 in % on photographs, by epoch of the clip model')
+    for name, values in curves.items():
+        print(f'  {name:<20}' + ''.join(f'{value:8.1f}' for value in values))
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+    left.bar_label(left.bar(list(top1), list(top1.values())), fmt='%.1f')
+    left.axhline(50, color='black', linewidth=.8)
+    left.set(ylabel='top-1 accuracy in %', ylim=(0, 109), title='the motion, in clips of new photographs')
+    for name, values in curves.items():
+        right.plot(range(1, len(values) + 1), values, marker='o', label=name)
+    right.set(xlabel='epochs', ylim=(0, 109), title='the photograph, in new clips')
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    figure.savefig(folder / 'motion.png', dpi=150)
+    print(f'drawn to {folder / "motion.png"}')
+
+
+if __name__ == '__main__':
+    main()
