@@ -112,7 +112,7 @@ def plot(rows: List[dict], env: dict, title: str) -> None:
         ax.grid(alpha=.3)
     axes[0].legend()
     fig.suptitle(f'{title}, {env["gpu" if cuda else "cpu"]}, torch {env["torch"]}', fontsize=9)
-    fig.savefig(RESULTS / 'frames_growth.png', dpi=150)
+    fig.savefig(RESULTS.parents[1] / 'docs' / 'pictures' / 'frames_growth.png', dpi=150)
 
 
 def main() -> None:
