@@ -120,6 +120,16 @@ def test_links_of_the_readme():
     assert len(TEXTS['README.md'].split('\n')) <= 150
 
 
+def test_the_site_is_whole():
+    """What `mkdocs build --strict` asks for: pages in the navigation, and links that stay within docs/."""
+    navigation = (ROOT / 'mkdocs.yml').read_text()
+    for path in PAGES[1:]:
+        assert f': {path.name}\n' in navigation, f'mkdocs.yml lacks {path.name}'
+        for link in re.findall(r'\]\(([^)#\s]+)', TEXTS[path.name]):
+            inside = not link.startswith('../') and (path.parent / link).exists()
+            assert link.startswith('https://') or inside, f'{path.name}: {link}'
+
+
 #: Texts in docs/troubleshooting.md that other software prints.
 FOREIGN = (
     'undefined symbol', 'selective_scan_cuda', "No module named 'selective_scan_cuda'", 'bare_metal_version',
