@@ -1,15 +1,14 @@
 """Models in onnxruntime against PyTorch with the native backend on the CPU, and forms of the scan in onnxruntime.
 
-    python benchmarks/onnx_cpu.py --export   writes the files to --folder, and how much CPU time that takes
-    python benchmarks/onnx_cpu.py            times them; the machine should be idle
+    python benchmarks/onnx_cpu.py models | large | scans [--seconds 5]
 
 Ratios of medians, timed in turns. Memory is the peak of a process that runs one input twice and has no other work:
-with onnxruntime it imports neither PyTorch nor this package.
+with onnxruntime it imports neither PyTorch nor this package. The machine should be idle.
 """
 import argparse
-import json
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,9 @@ from harness import Row, report, time_in_turns
 from timm_ssm.export import export, model_input_size
 from timm_ssm.ops import selective_scan
 
-#: model, its arguments, goal of the speed
 MODELS = {
-    'videomamba_tiny_patch16_224': (dict(), .7),
-    'mambavision_tiny': (dict(), .7),
-    'groupmamba_tiny': (dict(), .7),
-    'videomamba_tiny_patch16_576': (dict(), None),
-    'videomamba_tiny_patch16_f8_224': (dict(), None),
-    'videomamba_tiny_patch16_f32_224': (dict(), None),
+    'models': ('videomamba_tiny_patch16_224', 'mambavision_tiny', 'groupmamba_tiny', 'videomamba_tiny_patch16_f8_224'),
+    'large': ('videomamba_tiny_patch16_576', 'videomamba_tiny_patch16_f32_224'),
 }
 #: (batch, tokens, channels, states) of VideoMamba-Ti's scan at 224 and of clips of 8 frames, of MambaVision-T's
 SCANS = [(1, 197, 384, 16), (1, 1569, 384, 16), (1, 196, 160, 8)]
@@ -49,41 +43,32 @@ x = torch.zeros(eval(sys.argv[2]))
 PEAK = 'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)'  # KiB on Linux
 
 
-def export_all(folder: Path) -> None:
-    facts = {}
-    for name, (kwargs, _) in MODELS.items():
-        start = time.process_time()
-        done = export(timm.create_model(name, **kwargs).eval(), folder / f'{name}.onnx')
-        facts[name] = dict(seconds=time.process_time() - start, nodes=done.nodes, difference=done.difference)
-        print(name, facts[name], flush=True)
-    (folder / 'facts.json').write_text(json.dumps(facts))
-
-
 def peak(code: str, *args: object) -> float:
     """MiB."""
     run = subprocess.run([sys.executable, '-c', code + PEAK, *map(str, args)], stdout=subprocess.PIPE, check=True)
     return float(run.stdout)
 
 
-def model_rows(folder: Path, seconds: float) -> Iterator[Row]:
-    facts = json.loads((folder / 'facts.json').read_text())
-    for name, (kwargs, goal) in MODELS.items():
-        model, file = timm.create_model(name, **kwargs).eval(), folder / f'{name}.onnx'
-        x = torch.randn(1, *model_input_size(model))
-        session = onnxruntime.InferenceSession(file)
-        functions = dict(torch=partial(model, x), onnx=partial(session.run, None, {'input': x.numpy()}))
-        with torch.inference_mode():
-            times = time_in_turns(functions, seconds, turn=.5)
-        detail = f'{times["onnx"] * 1e3:.1f} against {times["torch"] * 1e3:.1f} ms'
-        yield Row(f'{name}: speed, onnxruntime / PyTorch', times['torch'] / times['onnx'], goal, detail=detail)
-        shape = tuple(x.shape)
-        memory = peak(RUN_ONNX + 'for _ in range(2): session.run(None, {"input": x})\n', file, shape)
-        native = peak(RUN_TORCH + 'with torch.inference_mode(): model(x), model(x)\n', name, shape)
-        yield Row(f'{name}: peak memory in MiB', memory, 1536 if '_f8_' in name else None, less=True,
-                  detail=f'PyTorch {native:.0f}')
-        yield Row(f'{name}: CPU seconds to export and check', facts[name]['seconds'], 60, less=True)
-        yield Row(f'{name}: operators', facts[name]['nodes'], 2000 if name.endswith('tiny_patch16_224') else None,
-                  less=True, detail=f'outputs differ by {facts[name]["difference"]:.1g} of the largest')
+def model_rows(name: str, folder: Path, seconds: float) -> Iterator[Row]:
+    image, file = name.endswith(('tiny', 'patch16_224')), folder / f'{name}.onnx'
+    model = timm.create_model(name).eval()
+    start = time.perf_counter()
+    done = export(model, file)
+    yield Row(f'{name}: seconds to export and check', time.perf_counter() - start, 60 if image else None, less=True)
+    yield Row(f'{name}: operators', done.nodes, 2000 if name == 'videomamba_tiny_patch16_224' else None, less=True,
+              detail=f'outputs differ by {done.difference:.1g} of the largest')
+    x = torch.randn(1, *model_input_size(model))
+    functions = dict(
+        torch=partial(model, x), onnx=partial(onnxruntime.InferenceSession(file).run, None, {'input': x.numpy()}))
+    with torch.inference_mode():
+        times = time_in_turns(functions, seconds, turn=.5)
+    yield Row(f'{name}: speed, onnxruntime / PyTorch', times['torch'] / times['onnx'], .7 if image else None,
+              detail=f'{times["onnx"] * 1e3:.1f} against {times["torch"] * 1e3:.1f} ms')
+    shape = tuple(x.shape)
+    memory = peak(RUN_ONNX + 'for _ in range(2): session.run(None, {"input": x})\n', file, shape)
+    native = peak(RUN_TORCH + 'with torch.inference_mode(): model(x), model(x)\n', name, shape)
+    yield Row(f'{name}: peak memory in MiB', memory, 1536 if '_f8_' in name else None, less=True,
+              detail=f'PyTorch {native:.0f}')
 
 
 def linear_attention(shape: tuple) -> bytes:
@@ -149,16 +134,15 @@ def scan_rows(folder: Path, seconds: float) -> Iterator[Row]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--folder', type=Path, default=Path('output/onnx'), help='where the files are')
-    parser.add_argument('--export', action='store_true', help='write them')
-    parser.add_argument('--seconds', type=float, default=10., help='time to spend on each comparison')
+    parser.add_argument('what', choices=(*MODELS, 'scans'))
+    parser.add_argument('--seconds', type=float, default=5., help='time to spend on each comparison')
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if args.export:
-        export_all(args.folder)
-    else:
-        report('onnx_cpu', [*model_rows(args.folder, args.seconds), *scan_rows(args.folder, args.seconds)],
-               onnxruntime=onnxruntime.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == 'scans':
+            rows = list(scan_rows(Path(folder), args.seconds))
+        else:
+            rows = [row for name in MODELS[args.what] for row in model_rows(name, Path(folder), args.seconds)]
+    report(f'onnx_cpu_{args.what}', rows, onnxruntime=onnxruntime.__version__)
 
 
 if __name__ == '__main__':
