@@ -21,6 +21,13 @@ def _check_size(name: str, size: Size2, patch_size: Tuple[int, int] = (1, 1)) ->
         raise ValueError(f'{name}: got {size}, needs at least {needs}')
 
 
+def _got(name: str, size: int) -> str:
+    """The beginning of an error message; torch.compile would compile a program for each size in a message."""
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        return f'x: got another {name}'
+    return f'x: got {name} {size}'
+
+
 class PatchEmbed(nn.Module):
     """Images or clips to a grid of tokens by one convolution.
 
@@ -127,14 +134,14 @@ class PatchEmbed(nn.Module):
             _assert(x.ndim == 4, f'x: got {x.ndim} dimensions, needs images (batch, channels, height, width)')
         chans, H, W = x.shape[1], x.shape[-2], x.shape[-1]
         _assert(chans == self.in_chans, f'x: got {chans} channels, needs in_chans {self.in_chans}')
-        if self.strict_img_size:
-            _assert(H == self.img_size[0], f"x: got height {H}, needs the model's img_size {self.img_size[0]}")
-            _assert(W == self.img_size[1], f"x: got width {W}, needs the model's img_size {self.img_size[1]}")
-        else:
-            _assert(H >= self.patch_size[0], f'x: got height {H}, needs at least the patch size {self.patch_size[0]}')
-            _assert(W >= self.patch_size[1], f'x: got width {W}, needs at least the patch size {self.patch_size[1]}')
-            _assert(H % self.stride[0] == 0, f'x: got height {H}, needs a multiple of the stride {self.stride[0]}')
-            _assert(W % self.stride[1] == 0, f'x: got width {W}, needs a multiple of the stride {self.stride[1]}')
+        for name, n, i in (('height', H, 0), ('width', W, 1)):
+            size, patch, stride = self.img_size[i], self.patch_size[i], self.stride[i]
+            got = _got(name, n)
+            if self.strict_img_size:
+                _assert(n == size, f"{got}, needs the model's img_size {size}")
+            else:
+                _assert(n >= patch, f'{got}, needs at least the patch size {patch}')
+                _assert(n % stride == 0, f'{got}, needs a multiple of the stride {stride}')
         x = self.proj(x)
         if not self.is_clip:
             x = x.unsqueeze(2)

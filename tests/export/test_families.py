@@ -1,0 +1,102 @@
+"""Every family through every exporter: the table of docs/export.md, whose cells are these tests."""
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_ssm
+from timm_ssm.export import export
+
+DOC = (Path(__file__).parents[2] / 'docs' / 'export.md').read_text(encoding='utf-8')
+ISOTROPIC = dict(embed_dim=48, depth=2, img_size=32)
+#: A small model of each family, and the size of its input.
+FAMILIES = {
+    'videomamba': ('videomamba_tiny_patch16_224', ISOTROPIC, (3, 32, 32)),
+    'videomamba, clips': ('videomamba_tiny_patch16_f8_224', ISOTROPIC, (3, 8, 32, 32)),
+    'vim': ('vim_tiny_patch16_224', ISOTROPIC, (3, 32, 32)),
+    'videomambapro': ('videomambapro_tiny_patch16_224', ISOTROPIC, (3, 32, 32)),
+    'stablemamba': ('stablemamba_tiny_patch16_224', ISOTROPIC, (3, 32, 32)),
+    'stvideomamba': ('stvideomamba_tiny_patch16_f16_224', dict(ISOTROPIC, num_frames=4), (3, 4, 32, 32)),
+    'mambavision': (
+        'mambavision_tiny', dict(stem_dim=8, embed_dim=16, depths=(1, 1, 3, 2), num_heads=(1, 1, 2, 4), img_size=64),
+        (3, 64, 64)),
+    'groupmamba': (
+        'groupmamba_tiny', dict(stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1)), (3, 64, 64)),
+}
+
+
+def build(family):
+    name, kwargs, input_size = FAMILIES[family]
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs).eval(), input_size
+
+
+def torch_export(strict):
+    def run(model, x, folder):
+        batch = ({0: torch.export.Dim('batch')},)
+        return torch.export.export(model, (x,), dynamic_shapes=batch, strict=strict).module()
+    return run
+
+
+def exported(file, **kwargs):
+    """`export` itself runs the file and compares."""
+    def run(model, x, folder):
+        export(model, folder / file, input_size=x.shape[1:], **kwargs)
+    return run
+
+
+def openvino(model, x, folder):
+    """Whose release 2026.4 does not compile ONNX's Scan."""
+    openvino = pytest.importorskip('openvino')
+    export(model, folder / 'model.onnx', input_size=x.shape[1:], scan='doubling')
+    compiled = openvino.Core().compile_model(folder / 'model.onnx', 'CPU')
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+def trace(model, x, folder):
+    torch.jit.trace(model, x).save(folder / 'model.pt')
+    return torch.jit.load(folder / 'model.pt')
+
+
+EXPORTERS = {
+    'torch.export': torch_export(strict=False),
+    'strict': torch_export(strict=True),
+    'AOTInductor': exported('model.pt2', format='aoti'),
+    'ONNX in onnxruntime': exported('model.onnx'),
+    'ONNX in OpenVINO': openvino,
+    'TorchScript trace': trace,
+}
+#: Cells that are not 'works', by family and exporter, with the error that proves it.
+FAILS = {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exporter', EXPORTERS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_exporter(family, exporter, tmp_path):
+    """With another batch size than that of the example."""
+    model, input_size = build(family)
+    x, y = (torch.randn(batch, *input_size) for batch in (2, 3))
+    with torch.no_grad():
+        if (family, exporter) in FAILS:
+            with pytest.raises(Exception, match=FAILS[family, exporter]):
+                EXPORTERS[exporter](model, x, tmp_path)
+            return
+        run = EXPORTERS[exporter](model, x, tmp_path)
+        if run is not None:
+            torch.testing.assert_close(run(y), model(y), rtol=1e-3, atol=1e-4)
+
+
+def test_table():
+    rows = [[c.strip() for c in line.strip('|').split('|')] for line in DOC.splitlines() if line.startswith('|')]
+    head = next(i for i, row in enumerate(rows) if row[0] == 'family')
+    assert rows[head][1:] == list(EXPORTERS)
+    for row, family in zip(rows[head + 2:], FAMILIES, strict=True):
+        assert row == [family, *('fails' if (family, name) in FAILS else 'works' for name in EXPORTERS)]
+
+
+def test_all_families():
+    classes = {type(build(family)[0]).__name__ for family in FAMILIES}
+    assert classes == {re.sub('^Stable(?=Group)', '', name) for name in timm_ssm.models.__all__}
