@@ -32,8 +32,9 @@ def test_segmentation_models(name, decoder):
 
 def test_segmentation_of_an_isotropic_model():
     smp = pytest.importorskip('segmentation_models_pytorch')
-    model = smp.DPT(
-        'tu-videomamba_tiny_patch16_224', encoder_weights=None, classes=3, dynamic_img_size=True, **ISOTROPIC)
+    model = smp.DPT(  # its depth is the number of maps that it takes
+        'tu-videomamba_tiny_patch16_224', encoder_weights=None, classes=3, dynamic_img_size=True, img_size=64,
+        embed_dim=48)
     out = model(torch.randn(2, 3, 64, 64))
     assert out.shape == (2, 3, 64, 64)
     check_step(model, out.square().mean())

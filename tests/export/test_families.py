@@ -68,8 +68,12 @@ EXPORTERS = {
     'ONNX in OpenVINO': openvino,
     'TorchScript trace': trace,
 }
-#: Cells that are not 'works', by family and exporter, with the error that proves it.
-FAILS = {}
+#: What the table leaves open: by exporter, the families that it was not run on.
+UNTRIED = {
+    'AOTInductor': set(FAMILIES),
+    'ONNX in onnxruntime': {'groupmamba'},
+    'ONNX in OpenVINO': set(FAMILIES) - {'mambavision'},
+}
 
 
 @pytest.mark.slow
@@ -80,10 +84,6 @@ def test_exporter(family, exporter, tmp_path):
     model, input_size = build(family)
     x, y = (torch.randn(batch, *input_size) for batch in (2, 3))
     with torch.no_grad():
-        if (family, exporter) in FAILS:
-            with pytest.raises(Exception, match=FAILS[family, exporter]):
-                EXPORTERS[exporter](model, x, tmp_path)
-            return
         run = EXPORTERS[exporter](model, x, tmp_path)
         if run is not None:
             torch.testing.assert_close(run(y), model(y), rtol=1e-3, atol=1e-4)
@@ -93,8 +93,8 @@ def test_table():
     rows = [[c.strip() for c in line.strip('|').split('|')] for line in DOC.splitlines() if line.startswith('|')]
     head = next(i for i, row in enumerate(rows) if row[0] == 'family')
     assert rows[head][1:] == list(EXPORTERS)
-    for row, family in zip(rows[head + 2:], FAMILIES, strict=True):
-        assert row == [family, *('fails' if (family, name) in FAILS else 'works' for name in EXPORTERS)]
+    for row, family in zip(rows[head + 2:], FAMILIES):
+        assert row == [family, *('–' if family in UNTRIED.get(name, ()) else 'works' for name in EXPORTERS)]
 
 
 def test_all_families():
