@@ -137,11 +137,13 @@ def main():
     parser.add_argument('what', choices=(*MODELS, 'scans'))
     parser.add_argument('--seconds', type=float, default=5., help='time to spend on each comparison')
     args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == 'scans':
-            rows = list(scan_rows(Path(folder), args.seconds))
-        else:
-            rows = [row for name in MODELS[args.what] for row in model_rows(name, Path(folder), args.seconds)]
+        scans = scan_rows(Path(folder), args.seconds)
+        models = (row for name in MODELS.get(args.what, ()) for row in model_rows(name, Path(folder), args.seconds))
+        for row in scans if args.what == 'scans' else models:
+            print(row.name, row.value, row.detail, flush=True)
+            rows.append(row)
     report(f'onnx_cpu_{args.what}', rows, onnxruntime=onnxruntime.__version__)
 
 

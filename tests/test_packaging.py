@@ -46,7 +46,7 @@ def imports(path):
 
 def test_every_import_is_declared(config):
     required = names(config['options']['install_requires'])
-    extra = set().union(*(names(v) for k, v in config['options.extras_require'].items() if k != 'test'))
+    extra = set().union(*(names(v) for k, v in config['options.extras_require'].items() if not k.startswith('test')))
     used = set()
     for path in sorted((ROOT / 'timm_ssm').rglob('*.py')):
         for name, at_once in imports(path):

@@ -24,6 +24,8 @@ FAMILIES = {
         (3, 64, 64)),
     'groupmamba': (
         'groupmamba_tiny', dict(stem_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1)), (3, 64, 64)),
+    'vmamba': ('vmamba_tiny', dict(embed_dims=(16, 24, 32, 48), depths=(1, 1, 2, 1)), (3, 64, 64)),
+    'spatialmamba': ('spatialmamba_tiny', dict(embed_dim=8, depths=(1, 1, 2, 1)), (3, 64, 64)),
 }
 
 
@@ -70,9 +72,10 @@ EXPORTERS = {
 }
 #: What the table leaves open: by exporter, the families that it was not run on.
 UNTRIED = {
+    'strict': {'vmamba', 'spatialmamba'},
     'AOTInductor': set(FAMILIES),
-    'ONNX in onnxruntime': {'groupmamba'},
-    'ONNX in OpenVINO': set(FAMILIES) - {'mambavision'},
+    'ONNX in OpenVINO': set(FAMILIES) - {'videomamba', 'mambavision'},
+    'TorchScript trace': {'vmamba', 'spatialmamba'},
 }
 
 
