@@ -6,6 +6,7 @@ FOLDER has the results of validate.py on motions, and the runs from_scratch and 
 """
 import argparse
 import csv
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -27,21 +28,21 @@ def main() -> None:
     parser.add_argument('folder', type=Path)
     folder = parser.parse_args().folder
     top1 = {name: read(folder / f'{file}.csv', 'top1')[0] for name, file in RESULTS.items()}
-    curves = {name: read(folder / run / 'summary.csv', 'eval_top1') for name, run in RUNS.items()}
+    curves = {name: read(folder / run / 'summary.csv', 'eval_loss') for name, run in RUNS.items()}
     print('top-1 in % on motions of new photographs (chance: 50)')
     for name, value in top1.items():
         print(f'  {name:<20}{value:8.1f}')
-    print('top-1 in % on photographs, by epoch of the clip model')
+    print('validation loss on photographs, by epoch of the clip model')
     for name, values in curves.items():
-        print(f'  {name:<20}' + ''.join(f'{value:8.1f}' for value in values))
+        print(f'  {name:<20}' + ''.join(f'{value:8.2f}' for value in values))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
-    left.bar_label(left.bar(list(top1), list(top1.values())), fmt='%.1f')
+    left.bar_label(left.bar([textwrap.fill(name, 10) for name in top1], list(top1.values())), fmt='%.1f')
     left.axhline(50, color='black', linewidth=.8)
     left.set(ylabel='top-1 accuracy in %', ylim=(0, 109), title='the motion, in clips of new photographs')
     for name, values in curves.items():
         right.plot(range(1, len(values) + 1), values, marker='o', label=name)
-    right.set(xlabel='epochs', ylim=(0, 109), title='the photograph, in new clips')
+    right.set(xlabel='epochs', ylabel='validation loss', ylim=(0, None), title='the photograph, in new clips')
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     figure.savefig(folder / 'motion.png', dpi=150)

@@ -68,11 +68,11 @@ def test_plot_of_motions(tmp_path, monkeypatch, capsys):
         (tmp_path / f'{name}.csv').write_text(f'model,top1\nx,{top1}\n')
     for name in ('from_scratch', 'from_images'):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'summary.csv').write_text('epoch,eval_top1\n0,50.5\n1,60.0\n')
+        (tmp_path / name / 'summary.csv').write_text('epoch,eval_loss\n0,1.25\n1,0.5\n')
     run(monkeypatch, 'plot_motion.py', tmp_path)
     out = capsys.readouterr().out
     assert re.search(r'8 frames in order +95.2\n.*shuffled +24.5\n.*one frame +26.0\n', out)
-    assert re.search(r'from scratch +50.5 +60.0\n.*from an image model +50.5 +60.0\n', out)
+    assert re.search(r'from scratch +1.25 +0.50\n.*from an image model +1.25 +0.50\n', out)
     assert len(Image.open(tmp_path / 'motion.png').convert('RGB').getcolors(2 ** 24)) > 50
 
 
