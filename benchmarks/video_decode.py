@@ -8,6 +8,7 @@ the passes taken in turns. Bare decoding is what a script would do with the libr
 alone, in one process of one thread: open, decode, keep the wanted frames as RGB. The machine should be idle.
 """
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -176,7 +177,8 @@ def main() -> None:
         paths, cache = write_videos(Path(folder), width, height, args.videos), f'{folder}/index'
         found = [*rows(paths, cache, args.rounds), scan_row(paths, cache)]
     versions = {name: version(name) for name in ('av', 'torchcodec', 'decord') if find_spec(name)}
-    report(f'video_decode_{args.size}', found, videos=str(args.videos), rounds=str(args.rounds), **versions)
+    report(f'video_decode_{args.size}', found, videos=str(args.videos), rounds=str(args.rounds),
+           load=f'{os.getloadavg()[0]:.1f}', **versions)
 
 
 if __name__ == '__main__':
