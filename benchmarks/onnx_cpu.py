@@ -31,22 +31,23 @@ MODELS = {
 SCANS = [(1, 197, 384, 16), (1, 1569, 384, 16), (1, 196, 160, 8)]
 
 RUN_ONNX = '''
-import resource, sys, numpy, onnxruntime
+import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
 x = numpy.zeros(eval(sys.argv[2]), numpy.float32)
 '''
 RUN_TORCH = '''
-import resource, sys, timm, torch, timm_ssm
+import sys, timm, torch, timm_ssm
 model = timm.create_model(sys.argv[1]).eval()
 x = torch.zeros(eval(sys.argv[2]))
 '''
-PEAK = 'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)'  # KiB on Linux
+#: KiB on Linux; getrusage would count the process that started this one
+PEAK = 'print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
 
 
 def peak(code: str, *args: object) -> float:
     """MiB."""
     run = subprocess.run([sys.executable, '-c', code + PEAK, *map(str, args)], stdout=subprocess.PIPE, check=True)
-    return float(run.stdout)
+    return float(run.stdout) / 2 ** 10
 
 
 def model_rows(name: str, folder: Path, seconds: float) -> Iterator[Row]:

@@ -72,10 +72,8 @@ EXPORTERS = {
 }
 #: What the table leaves open: by exporter, the families that it was not run on.
 UNTRIED = {
-    'strict': {'vmamba', 'spatialmamba'},
     'AOTInductor': set(FAMILIES),
     'ONNX in OpenVINO': set(FAMILIES) - {'videomamba', 'mambavision'},
-    'TorchScript trace': {'vmamba', 'spatialmamba'},
 }
 
 
