@@ -1,6 +1,6 @@
 """The bidirectional Mamba mixer."""
 import math
-from typing import List, Optional
+from typing import List
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ class BiMamba(ScanMixer):
             d_state: int = 16,
             d_conv: int = 4,
             expand: int = 2,
-            dt_rank: Optional[int] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -34,13 +33,12 @@ class BiMamba(ScanMixer):
             d_state: States of a channel.
             d_conv: Taps of the convolution.
             expand: Width of the scanned channels over dim.
-            dt_rank: Rank of the step size's projection; ceil(dim / 16) if None.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         inner = expand * dim
         self.d_state = d_state
-        self.dt_rank = dt_rank or math.ceil(dim / 16)
+        self.dt_rank = math.ceil(dim / 16)
 
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv1d = CausalConv1d(inner, d_conv, **dd)
