@@ -21,6 +21,7 @@ def start(command, *flags, cwd):
     return subprocess.run([*command, *map(str, flags)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_ways_to_train_and_validate(digits, tmp_path):
     flags = [digits, *MODEL, *PLAIN, '--epochs', 1, '--output', tmp_path, '--experiment']
     for name, way in WAYS.items():

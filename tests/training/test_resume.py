@@ -84,6 +84,7 @@ class TestResume:
         assert_same_run(whole, parts)
         assert not list(parts.glob('recovery-*'))
 
+    @pytest.mark.slow
     def test_after_a_kill(self, digits, tmp_path):
         flags = [*BUSY, '--epochs', '40', '--workers', '1', '--checkpoint-hist', '2']
         whole = run(digits, tmp_path / 'a', *flags)
