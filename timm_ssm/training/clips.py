@@ -27,6 +27,7 @@ from ..data.sampling import FRAME_ORDERS, METHODS, SAMPLING_ARGS, method_of_tag
 from ..data.transforms import RESIZES
 from ..data.views import VideoScores
 from ..zoo.datasets import tag_class_names
+from ..zoo.registry import num_frames
 
 _logger = logging.getLogger(__name__)
 
@@ -72,14 +73,9 @@ def add_clip_flags(parser: argparse.ArgumentParser, training: bool) -> None:
             help='what views are averaged over: videos, or as the released code, all videos of one base name')
 
 
-def clip_length(model: nn.Module) -> int:
-    """Frames of the clips that a model takes, 1 for images."""
-    return getattr(getattr(model, 'patch_embed', None), 'num_frames', 1)
-
-
 def resolve_clips(args: argparse.Namespace, model: nn.Module) -> bool:
     """Whether the data are videos; if so, set what the arguments leave open, and refuse what makes no sense."""
-    frames = clip_length(model)
+    frames = num_frames(model)
     is_video = args.dataset.startswith('video')
     if frames == 1 and not is_video:
         return False

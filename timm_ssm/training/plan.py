@@ -8,8 +8,9 @@ import timm
 import torch
 from torch import nn
 
+from ..zoo.registry import num_frames
 from .arguments import errors_of
-from .clips import clip_length, create_reader, resolve_clips
+from .clips import create_reader, resolve_clips
 from .data import create_datasets, resolve_data
 from .model import build_model
 from .optim import create_optimizer, create_scheduler, global_batch
@@ -35,7 +36,8 @@ def describe_plan(args: argparse.Namespace) -> str:
         optimizer = create_optimizer(args, model)
     scheduler, num_epochs = create_scheduler(args, optimizer, updates)
     channels, *size = data_config['input_size']
-    shape = (channels, clip_length(model), *size) if clip_length(model) > 1 else (channels, *size)
+    frames = num_frames(model)
+    shape = (channels, frames, *size) if frames > 1 else (channels, *size)
     start = args.initial_checkpoint or args.pretrained_path or ('its released weights' if args.pretrained else '')
 
     lines = [

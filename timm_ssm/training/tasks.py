@@ -18,8 +18,8 @@ from timm.task import (
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import nn
 
+from ..zoo.registry import num_frames
 from .arguments import errors_of, uses_soft_targets
-from .clips import clip_length
 
 
 class JensenShannon(JsdCrossEntropy):
@@ -68,7 +68,7 @@ class TeacherTokens(nn.Module):
         for name, model in dict(teacher=teacher, student=student).items():
             if not (hasattr(model, 'num_prefix_tokens') and hasattr(model, 'patch_embed')):
                 raise ValueError(f'{name}: a {type(model).__name__} has no tokens to align, needs one like VideoMamba')
-        frames, prefix = ([get(m) for m in (teacher, student)] for get in (clip_length, lambda m: m.num_prefix_tokens))
+        frames, prefix = ([get(m) for m in (teacher, student)] for get in (num_frames, lambda m: m.num_prefix_tokens))
         if frames[0] != frames[1] or prefix[0] != prefix[1]:
             raise ValueError(
                 f'teacher: takes {frames[0]} frames and has {prefix[0]} class tokens, needs {frames[1]} and '
