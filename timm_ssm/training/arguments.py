@@ -81,6 +81,36 @@ class ParseKwargs(argparse.Action):
         setattr(namespace, self.dest, kwargs)
 
 
+def add_dataset_flags(add: Callable) -> None:
+    """Add the flags of where samples come from, for training and validation."""
+    add('--dataset', default='', metavar='NAME', help='reader and name, as hfds/NAME; empty for folders and tar files')
+    add('--dataset-download', action='store_true', help='download torch/ and tfds/ datasets')
+    add('--dataset-trust-remote-code', action='store_true', help='let a Hugging Face dataset run its own code')
+    add('--class-map', default='', metavar='FILE', help='text file that maps class names to indices')
+    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)')
+    add('--input-key', metavar='KEY', help='dataset key of the images')
+    add('--target-key', metavar='KEY', help='dataset key of the labels')
+
+
+def add_input_flags(add: Callable) -> None:
+    """Add the flags of a model's input."""
+    add('--img-size', type=at_least(1), metavar='N', help='image size')
+    add('--in-chans', type=at_least(1), metavar='N', help='image channels')
+    add('--input-size', nargs=3, type=at_least(1), metavar='N', help='image size as channels height width')
+    add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
+    add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
+
+
+def add_running_flags(add: Callable) -> None:
+    """Add the flags of how a model runs."""
+    add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+
+
 def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -97,17 +127,11 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add = parser.add_argument_group('Dataset').add_argument
     add('data', nargs='?', metavar='DATA', help='dataset folder (also as --data-dir)')
     add('--data-dir', metavar='DIR', help='dataset folder')
-    add('--dataset', default='', metavar='NAME', help='reader and name, as hfds/NAME; empty for folders and tar files')
+    add_dataset_flags(add)
     add('--train-split', default='train', metavar='NAME', help='split to train on')
     add('--val-split', default='validation', metavar='NAME', help='split to validate on; empty for none')
     add('--train-num-samples', type=int, metavar='N', help='training images, for iterable datasets')
     add('--val-num-samples', type=int, metavar='N', help='validation images, for iterable datasets')
-    add('--dataset-download', action='store_true', help='download torch/ and tfds/ datasets')
-    add('--dataset-trust-remote-code', action='store_true', help='let a Hugging Face dataset run its own code')
-    add('--class-map', default='', metavar='FILE', help='text file that maps class names to indices')
-    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)')
-    add('--input-key', metavar='KEY', help='dataset key of the images')
-    add('--target-key', metavar='KEY', help='dataset key of the labels')
     add('--epoch-repeats', type=float, default=0., metavar='N', help='passes in an epoch, for iterable datasets')
 
     add = parser.add_argument_group('Model').add_argument
@@ -120,12 +144,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
         help='load this file, pretrained tag or hf-hub:owner/name into the finished model; images to clips too')
     add('--num-classes', type=at_least(0), metavar='N', help="number of classes (default: the model's)")
     add('--gp', metavar='POOL', help='global pooling')
-    add('--img-size', type=at_least(1), metavar='N', help='image size')
-    add('--in-chans', type=at_least(1), metavar='N', help='image channels')
-    add('--input-size', nargs=3, type=at_least(1), metavar='N', help='image size as channels height width')
+    add_input_flags(add)
     add('--crop-pct', type=float, metavar='PCT', help='in validation, size of the centre crop over that of the image')
-    add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
-    add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
     add('--interpolation', metavar='NAME', help='interpolation in validation')
     add('--head-init-scale', type=float, metavar='SCALE', help="scale the classifier's initial weights")
     add('--head-init-bias', type=float, metavar='BIAS', help="initial value of the classifier's bias")
@@ -138,16 +158,11 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--sync-bn', action='store_true', help='synchronise batch norms over processes')
     add('--split-bn', action='store_true', help='batch norms of their own for each augmentation split')
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
-    add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
-    add('--channels-last', action='store_true', help='channels-last memory layout')
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
-    add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
 
-    add = parser.add_argument_group('Device').add_argument
-    add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
+    add = parser.add_argument_group('Running').add_argument
+    add_running_flags(add)
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
     add('--model-dtype', choices=('float32', 'bfloat16'), help='type of the weights and images; without --amp')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
 

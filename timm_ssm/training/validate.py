@@ -22,6 +22,9 @@ from ..models._checkpoints import read_checkpoint
 from .arguments import (
     ParseKwargs,
     UsageError,
+    add_dataset_flags,
+    add_input_flags,
+    add_running_flags,
     at_least,
     check_folder,
     errors_of,
@@ -66,15 +69,9 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add = group.add_argument
     add('data', nargs='?', metavar='DATA', help='dataset folder or tar file (also as --data-dir)')
     add('--data-dir', metavar='DIR', help='dataset folder or tar file')
-    add('--dataset', default='', metavar='NAME', help='reader and name, as hfds/NAME; empty for folders and tar files')
+    add_dataset_flags(add)
     add('--split', default='validation', metavar='NAME', help='dataset split')
     add('--num-samples', type=int, metavar='N', help='number of images, for iterable datasets that do not know it')
-    add('--dataset-download', action='store_true', help='download torch/ and tfds/ datasets')
-    add('--dataset-trust-remote-code', action='store_true', help='let a Hugging Face dataset run its own code')
-    add('--class-map', default='', metavar='FILE', help='text file that maps class names to indices')
-    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)')
-    add('--input-key', metavar='KEY', help='dataset key of the images')
-    add('--target-key', metavar='KEY', help='dataset key of the labels')
 
     group = parser.add_argument_group('Model', 'What is not given is taken from the checkpoint, then from the model.')
     add = group.add_argument
@@ -83,15 +80,11 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--checkpoint', default='', metavar='PATH', help='a checkpoint, or a folder of checkpoints')
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     add('--num-classes', type=at_least(0), metavar='N', help='number of classes')
-    add('--img-size', type=at_least(1), metavar='N', help='image size')
-    add('--in-chans', type=at_least(1), metavar='N', help='image channels')
-    add('--input-size', nargs=3, type=at_least(1), metavar='N', help='image size as channels height width')
+    add_input_flags(add)
     add('--use-train-size', action='store_true', help="the cfg's training size even where it has a test size")
     add('--crop-pct', type=float, metavar='PCT', help='size of the centre crop over that of the resized image')
     add('--crop-mode', metavar='MODE', help='squash, border or center')
     add('--crop-border-pixels', type=int, metavar='N', help='pixels to cut off every border first')
-    add('--mean', type=float, nargs='+', metavar='MEAN', help='mean to normalise with')
-    add('--std', type=float, nargs='+', metavar='STD', help='standard deviation to normalise with')
     add('--interpolation', metavar='NAME', help='bilinear, bicubic, ...')
     add('--gp', metavar='POOL', help='global pooling')
     add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='K=V', help="the model's constructor arguments")
@@ -103,13 +96,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('-b', '--batch-size', type=at_least(1), default=256, metavar='N',
         help='batch size; halved while memory runs out')
     add('-j', '--workers', type=at_least(0), default=4, metavar='N', help='data loading processes')
-    add('--device', metavar='DEV', help='device (default: cuda where there is one, else cpu)')
+    add_running_flags(add)
     add('--amp', action='store_true', help='run in mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
-    add('--channels-last', action='store_true', help='channels-last memory layout')
-    add('--fast-norm', action='store_true', help="timm's fast normalisation layers")
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
-    add('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     add('--no-prefetcher', action='store_true', help='normalise images in the loading processes')
     add('--pin-mem', action='store_true', help='pin memory for faster transfer to the GPU')
     add('--log-freq', type=at_least(1), default=10, metavar='N', help='batches between two lines of a log')
