@@ -160,7 +160,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
 
-    add = parser.add_argument_group('Running').add_argument
+    add = parser.add_argument_group('Device').add_argument
     add_running_flags(add)
     add('--amp', action='store_true', help='mixed precision')
     add('--model-dtype', choices=('float32', 'bfloat16'), help='type of the weights and images; without --amp')
