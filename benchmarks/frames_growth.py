@@ -94,25 +94,23 @@ def measure(args: argparse.Namespace) -> List[dict]:
 
 
 def plot(rows: List[dict], env: dict, title: str) -> None:
-    import matplotlib.pyplot as plt
+    from timm_ssm.plot.style import figure, save, style
 
     cuda = env['device'].startswith('cuda')
     clock = 'GPU' if cuda else 'CPU'
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
-    for ax, key, label in zip(axes, ('seconds', 'memory_mib'), (f'{clock} seconds', 'peak memory, MiB')):
-        for name in MODELS:
-            points = [(row['frames'], row[key]) for row in rows if row['model'] == name]
-            ax.plot(*zip(*points), marker='o', label=name)
-        ax.set_xscale('log', base=2)
-        ax.set_yscale('log', base=2)
-        ax.xaxis.set_major_formatter('{x:g}')
-        ax.yaxis.set_major_formatter('{x:g}')
-        ax.set_xlabel('frames')
-        ax.set_ylabel(f'{label} of a training step')
-        ax.grid(alpha=.3)
-    axes[0].legend()
-    fig.suptitle(f'{title}, {env["gpu" if cuda else "cpu"]}, torch {env["torch"]}', fontsize=9)
-    fig.savefig(RESULTS.parents[1] / 'docs' / 'pictures' / 'frames_growth.png', dpi=150)
+    with style():
+        fig, axes = figure(columns=2)
+        for ax, key, label in zip(axes, ('seconds', 'memory_mib'), (f'{clock} seconds', 'peak memory, MiB')):
+            for name in MODELS:
+                ax.plot(*zip(*((row['frames'], row[key]) for row in rows if row['model'] == name)), label=name)
+            ax.set_xscale('log', base=2)
+            ax.set_yscale('log', base=2)
+            ax.xaxis.set_major_formatter('{x:g}')
+            ax.yaxis.set_major_formatter('{x:g}')
+            ax.set(xlabel='frames', ylabel=f'{label} of a training step')
+        axes[0].legend()
+        fig.suptitle(f'{title}, {env["gpu" if cuda else "cpu"]}, torch {env["torch"]}', fontsize=9)
+        save(fig, RESULTS.parents[1] / 'docs' / 'pictures' / 'frames_growth.png')
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Speed is a ratio of things timed in turns in one run, since absolute times depend on the machine and its load.
 """
 import csv
+import importlib.util
 import platform
 import statistics
 import time
@@ -96,24 +97,7 @@ def report(name: str, rows: List[Row], **extra: str) -> None:
         writer = csv.writer(f)
         writer.writerow((*Row._fields, 'met'))
         writer.writerows((*row, row.met()) for row in rows)
-    try:
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import LogLocator, NullFormatter
-    except ImportError:
-        return
-    judged = [row for row in rows if row.goal is not None][::-1]
-    # how far beyond the goal, whichever way is better
-    scores = [row.goal / row.value if row.less else row.value / row.goal for row in judged]
-    fig, ax = plt.subplots(figsize=(9, .35 * len(judged) + 1.2), layout='constrained')
-    ax.barh([row.name for row in judged], scores, color=['tab:red' if s < 1 else 'tab:blue' for s in scores])
-    ax.bar_label(ax.containers[0], [f'{row.value:.3g}' for row in judged], padding=3, fontsize=8)
-    ax.axvline(1, color='black', linewidth=.8)
-    ax.set_xscale('log')
-    ax.margins(x=.15, y=.01)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter('{x:g}')
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel('measured / goal (inverted where less is better)')
-    ax.set_title(f'{name}: {env["cpu"]}, {env["threads"]} threads, torch {env["torch"]}', fontsize=9)
-    ax.tick_params(labelsize=8)
-    fig.savefig(RESULTS / f'{name}.png', dpi=150)
+    if importlib.util.find_spec('matplotlib'):
+        from timm_ssm.plot import plot
+
+        plot([str(RESULTS / f'{name}.csv')], str(RESULTS / f'{name}.png'))

@@ -243,20 +243,20 @@ def models_table(dtype: torch.dtype, batch: int = 128) -> List[dict]:
 
 
 def plot(rows: List[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from timm_ssm.plot.style import figure, save, style
+
     groups: Dict[tuple, List[dict]] = {}
     for row in rows:
         groups.setdefault((row['table'], row['case'], row['kind']), []).append(row)
-    fig, axes = plt.subplots(len(groups), 1, figsize=(8, 1.1 * len(groups) + 1), squeeze=False)
-    for ax, (key, group) in zip(axes[:, 0], groups.items()):
-        bars = ax.barh([row['implementation'] for row in group], [row['value'] for row in group])
-        ax.bar_label(bars, fmt='%.0f', fontsize=6)
-        ax.set_title(f'{" · ".join(key)} ({group[0]["unit"]})', fontsize=7, loc='left')
-        ax.tick_params(labelsize=6)
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
+    with style():
+        fig, axes = figure(rows=len(groups), size=(9, 1.1 * len(groups) + 1), squeeze=False)
+        for ax, (key, group) in zip(axes[:, 0], groups.items()):
+            bars = ax.barh([row['implementation'] for row in group], [row['value'] for row in group])
+            ax.bar_label(bars, fmt='%.0f', padding=3, fontsize=7)
+            ax.set_title(f'{" · ".join(key)} ({group[0]["unit"]})')
+            ax.grid(axis='y', visible=False)
+            ax.margins(x=.1)
+        save(fig, path)
 
 
 def main() -> None:

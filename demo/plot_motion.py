@@ -9,10 +9,7 @@ import csv
 import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from timm_ssm.plot.style import figure, save, style
 
 RESULTS = {'8 frames in order': 'in_order', '8 frames, shuffled': 'shuffled', 'one frame': 'one_frame'}
 RUNS = {'from scratch': 'from_scratch', 'from an image model': 'from_images'}
@@ -23,6 +20,7 @@ def read(path: Path, key: str) -> list:
         return [float(row[key]) for row in csv.DictReader(f)]
 
 
+@style()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('folder', type=Path)
@@ -36,16 +34,16 @@ def main() -> None:
     for name, values in curves.items():
         print(f'  {name:<20}' + ''.join(f'{value:8.2f}' for value in values))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+    fig, (left, right) = figure(columns=2)
     left.bar_label(left.bar([textwrap.fill(name, 10) for name in top1], list(top1.values())), fmt='%.1f')
     left.axhline(50, color='black', linewidth=.8)
     left.set(ylabel='top-1 accuracy in %', ylim=(0, 109), title='the motion, in clips of new photographs')
     for name, values in curves.items():
-        right.plot(range(1, len(values) + 1), values, marker='o', label=name)
+        right.plot(range(1, len(values) + 1), values, label=name)
     right.set(xlabel='epochs', ylabel='validation loss', ylim=(0, None), title='the photograph, in new clips')
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
-    figure.savefig(folder / 'motion.png', dpi=150)
+    save(fig, folder / 'motion.png')
     print(f'drawn to {folder / "motion.png"}')
 
 

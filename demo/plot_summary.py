@@ -5,12 +5,10 @@
 import argparse
 import csv
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from timm_ssm.plot.style import figure, save, style
 
 
+@style()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('summary', help='summary.csv')
@@ -22,17 +20,16 @@ def main():
     curves = {
         key: [(int(row['epoch']) + 1, float(row[key])) for row in rows if row.get(key)]
         for key in ('train_loss', 'eval_loss', 'eval_top1')}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+    fig, (left, right) = figure(columns=2)
     for axes, key, label in (
             (left, 'train_loss', 'training'), (left, 'eval_loss', 'validation'), (right, 'eval_top1', 'validation')):
-        axes.plot(*zip(*curves[key]), marker='o', label=label)
+        axes.plot(*zip(*curves[key]), label=label)
     left.set(xlabel='epochs', ylabel='loss')
     right.set(xlabel='epochs', ylabel='top-1 accuracy in %', ylim=(None, 100))
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
     left.legend()
-    figure.savefig(args.output, dpi=150)
+    save(fig, args.output)
     print(f'learning curve drawn to {args.output}')
 
 

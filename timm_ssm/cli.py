@@ -111,9 +111,10 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from .training.plot import plot
+    from .plot import plot
 
-    print(f'{plot(args.folder, args.output)}: open it in a browser')
+    path = plot(args.input, args.output, args.columns)
+    print(f'{path}: open it in a browser' if path.endswith('.html') else path)
 
 
 def _env(args: argparse.Namespace) -> None:
@@ -190,9 +191,15 @@ def parser() -> argparse.ArgumentParser:
     command('train', None, 'train a model, as train.py does')
     command('validate', None, 'measure the accuracy of models, as validate.py does')
 
-    p = command('plot', _plot, 'draw summary.csv and monitor.csv of runs as a page of curves')
-    p.add_argument('folder', nargs='+', metavar='RUN', help='folders of runs, to compare')
-    p.add_argument('--output', default='plot.html', metavar='FILE', help='page to write (default: plot.html)')
+    p = command('plot', _plot, 'draw the curves of runs, and tables of results and benchmarks')
+    p.add_argument(
+        'input', nargs='+', help='folders of runs, to compare; CSV files of `validate --results-file` or of benchmarks')
+    p.add_argument(
+        '--output', default='plot.html', metavar='FILE',
+        help='page or picture to write: .html, .png, .svg or .pdf (default: plot.html)')
+    p.add_argument(
+        '--columns', nargs='+', default=(), metavar='NAME',
+        help='columns of tables (default: top-1 and top-5 of results, all of others)')
 
     command('env', _env, 'print versions, and which backends run here and why')
     return root

@@ -167,9 +167,11 @@ def test_plot(digits, tmp_path, capsys):
         run(digits, tmp_path / name, *VIDEOMAMBA, '--epochs', 2, '--monitor', '--monitor-interval', 4) for name in 'ab']
     assert cli.main(['plot', *map(str, folders), '--output', str(tmp_path / 'plot.html')]) == 0
     page = (tmp_path / 'plot.html').read_text()
-    titles = re.findall(r'<text x="60" y="16">([^<]*)</text>', page)
-    assert {'train_loss, by epoch', 'largest state of each mixer, by update'} <= {t.split(' (')[0] for t in titles}
-    assert len(titles) == len(set(titles)) and page.count('<polyline') > 2 * len(titles)  # several blocks in a chart
+    titles = re.findall(r'>([^<]*, by (?:epoch|update))</text>', page)
+    assert {'train_loss, by epoch', 'largest state of each mixer, by update'} <= set(titles)
+    assert len(titles) == len(set(titles)) == page.count('id="axes_')
+    curves = [len(axes.split('stroke-opacity')) for axes in page.split('id="axes_')]
+    assert all(f'>{folder}</text>' in page for folder in folders) and max(curves) > 2  # several blocks in a chart
     assert cli.main(['plot', str(tmp_path)]) == 1 and 'has no summary.csv' in capsys.readouterr().err
 
 
