@@ -18,7 +18,7 @@ from timm.data import create_transform
 from timm_ssm.data import create_train_transform
 from timm_ssm.training import train
 from timm_ssm.training.arguments import RECIPES, UNSUPPORTED, make_parser, parse_args
-from timm_ssm.training.optim import create_optimizer, create_scheduler, global_batch
+from timm_ssm.training.optim import create_optimizer, create_scheduler, global_batch, resolve_learning_rate
 from timm_ssm.training.plan import saved_bytes
 from timm_ssm.zoo import recipes
 
@@ -74,11 +74,11 @@ def test_each_comes_to_what_the_papers_say():
         assert timm.is_model(args.model.partition('.')[0])
 
         scheduler, num_epochs = create_scheduler(args, optimizer, 10)
-        assert num_epochs == args.epochs + args.cooldown_epochs
+        assert num_epochs == args.epochs + args.cooldown_epochs + args.warmup_prefix * args.warmup_epochs
         for epoch in {0, 1, args.warmup_epochs - 1, args.warmup_epochs, args.epochs // 2, args.epochs - 1}:
             scheduler.step(epoch)
             scheduler.step_update(10 * epoch)
-            assert optimizer.param_groups[-1]['lr'] == pytest.approx(rate(row, epoch, args.num_sample)), row['recipe']
+            assert optimizer.param_groups[-1]['lr'] == pytest.approx(rate(row, epoch)), row['recipe']
 
         if 'clip_sampling' in yaml.safe_load((RECIPES / f'{row["recipe"]}.yaml').read_text()):
             create_train_transform((224, 224), interpolation=args.train_interpolation, auto_augment_config=args.aa)
@@ -87,7 +87,20 @@ def test_each_comes_to_what_the_papers_say():
             assert 'RandAugment' in str(transform) or args.aa == 'v0'
 
 
-def rate(row, epoch, num_sample):
+def test_learning_rates_follow_the_batch():
+    for name in (*NAMES[::10], 'vmamba_tiny_in1k', 'videomamba_tiny_k400_f8'):
+        rates = []
+        for processes in (8, 2):
+            args = resolve(name)
+            args.world_size = processes
+            resolve_learning_rate(args)
+            rates.append((args.lr, args.min_lr, args.warmup_lr))
+        # the lowest and the first rate follow it where the papers' code says so
+        factors = [4 if i == 0 or args.lr_base_all else 1 for i in range(3)]
+        assert rates[0] == pytest.approx([f * r for f, r in zip(factors, rates[1])]), name
+
+
+def rate(row, epoch):
     """The learning rate at the start of an epoch, of 10 steps for clips."""
     peak, first, lowest = (float(row[key]) for key in ('peak', 'first', 'lowest'))
     epochs, warmup = int(row['epochs']), int(row['warmup'])
@@ -97,6 +110,8 @@ def rate(row, epoch, num_sample):
         return lowest + (peak - lowest) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
     if epoch < warmup:
         return first + (peak - first) * epoch / warmup
+    if row['recipe'].startswith(('vmamba', 'spatialmamba')):  # the cosine begins after the warm-up
+        epoch -= warmup
     return lowest + (peak - lowest) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
@@ -211,7 +226,14 @@ def test_dry_run(digits, tmp_path, capsys):
                        '--drop-path', '0', '--epochs', '30']) is None
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    model = timm.create_model(
+        'videomamba_tiny_patch16_224', embed_dim=16, depth=2, patch_size=4, img_size=8, num_classes=10)
+    parameters = f'{sum(p.numel() for p in model.parameters()):,} parameters, from scratch'
+    (curve,) = re.findall('^learning rate  ([▁▂▃▄▅▆▇█]+)$', out, re.M)
+    assert len(curve) == 30 and (curve[0], curve[5]) == ('▁', '█')
+    assert list(curve[5:]) == sorted(curve[5:], reverse=True)
     for text in (
+            f'model          videomamba_tiny_patch16_224, {parameters}', 'GiB for weights, gradients, optimiser state',
             '160 to train on, 41 to validate on, 10 classes', '3 × 8 × 8', 'global batch   16: 2 processes of 8',
             'steps          10 an epoch, 300 in 30 epochs', 'learning rate 1.563e-05', 'weight decay 0.05',
             '1e-06 at first', 'in epoch 5', 'GiB at most for the activations of 8 samples'):

@@ -34,7 +34,11 @@ VIDEOMAMBAPRO = 'VideoMambaPro (Lu et al., CVPR 2025, https://arxiv.org/abs/2406
 STVIDEOMAMBA = 'ST-VideoMamba (Park et al., ECCV 2024, https://arxiv.org/abs/2407.08476)'
 GROUPMAMBA = 'GroupMamba (Shaker et al., CVPR 2025, https://arxiv.org/abs/2407.13772)'
 MAMBAVISION = 'MambaVision (Hatamizadeh and Kautz, CVPR 2025, https://arxiv.org/abs/2407.08083)'
+VIM = 'Vim (Zhu et al., ICML 2024, https://arxiv.org/abs/2401.09417)'
+VMAMBA = 'VMamba (Liu et al., NeurIPS 2024, https://arxiv.org/abs/2401.10166)'
+SPATIALMAMBA = 'Spatial-Mamba (Xiao et al., ICLR 2025, https://arxiv.org/abs/2410.15091)'
 IMAGE_TABLE = 'hyperparameters of ImageNet-1k training'
+SCRIPTS = "the released code's scripts, which its text follows"
 CLIP_TABLE = "the released code's scripts, which its tables of hyperparameters follow"
 
 # of DeiT's recipe, which the papers on images build on
@@ -131,6 +135,61 @@ def image_recipes() -> Iterator[Recipe]:
                  channels_last=True, **dict(IMAGES, opt='lamb'), model_ema=True, model_ema_decay=0.9998),
             PUBLISHED[f'mambavision_{size}.in1k'].top1,
             [DEIT] + ([] if stated else ['Left open: stochastic depth of this size (that of its neighbours).']))
+
+    yield from vim_recipes()
+    yield from swin_recipes()
+
+
+def vim_recipes() -> Iterator[Recipe]:
+    common = dict(
+        IMAGES, aa=RAND_AUGMENT, aug_repeats=3, min_lr=1e-5, warmup_epochs=5, model_ema=True, model_ema_decay=0.99996,
+        decay_a_log=True)
+    for size, lr, batch_size, weight_decay, drop_path in (
+            ('tiny', 5e-4, 128, 0.1, 0.0), ('small', 1e-3, 64, 0.05, 0.05), ('base', 5e-4, 128, 0.05, 0.1)):
+        model = f'vim_{size}_patch16_224'
+        chosen = [A_LOG, 'Without mixed precision, as the scripts say.']
+        if size == 'tiny':
+            chosen.append('The text says a weight decay of 0.05.')
+        elif size == 'small':
+            chosen.append('The text says 1e-3 at 1024 images; the script takes that at 512.')
+        else:
+            chosen.append("No script: left open is stochastic depth (DeiT's); the rest is the text's.")
+        yield Recipe(
+            f'vim_{size}_in1k', f'{VIM}, {SCRIPTS}',
+            dict(model=model, epochs=300, **rate(lr, 512), batch_size=batch_size, weight_decay=weight_decay,
+                 drop_path=drop_path, **common),
+            PUBLISHED[f'{model}.in1k'].top1, chosen)
+        if size != 'base':
+            yield Recipe(
+                f'vim_{size}_in1k_stride8ft', f'{VIM}, {SCRIPTS}, fine-tuning with overlapping patches',
+                dict(model=f'vim_{size}_patch16_stride8_224', initial_checkpoint=f'{model}.in1k', epochs=30,
+                     **rate(5e-6, 512), batch_size=128, weight_decay=1e-8, drop_path=0.0,
+                     **dict(common, warmup_lr=1e-5)),
+                PUBLISHED[f'vim_{size}_patch16_stride8_224.in1k'].top1,
+                [A_LOG, 'Without mixed precision, as the script says. At its batch of 1024 the learning rate is '
+                        'constant.'])
+
+
+def swin_recipes() -> Iterator[Recipe]:
+    """Those on Swin's recipe: all rates follow the batch, and the cosine, set every step, begins after the warm-up."""
+    common = dict(
+        IMAGES, aa=RAND_AUGMENT, epochs=280, warmup_epochs=20, warmup_prefix=True, sched_on_updates=True,
+        **rate(1e-3, 1024), min_lr=1e-5, lr_base_all=True, batch_size=128,
+        weight_decay=0.05, clip_grad=5.0, amp=True, model_ema=True, model_ema_decay=0.9999, decay_a_log=True)
+    dt_bias = 'The released code decays A_log, here by decay_a_log, and the biases of dt too, which are exempt here.'
+    for size, drop_path in dict(
+            tiny=0.2, small=0.3, base=0.6, tiny_s2l5=0.2, small_s1l20=0.3, base_s1l20=0.5).items():
+        yield Recipe(
+            f'vmamba_{size}_in1k', f'{VMAMBA}, the released configurations',
+            dict(model=f'vmamba_{size}', drop_path=drop_path, **common),
+            PUBLISHED[f'vmamba_{size}.in1k'].top1, [dt_bias])
+    for size, drop_path, weight in (('tiny', 0.2, 1.0), ('small', 0.3, 1.5), ('base', 0.5, 2.0)):
+        yield Recipe(
+            f'spatialmamba_{size}_in1k', f'{SPATIALMAMBA}, the released configurations',
+            dict(model=f'spatialmamba_{size}', drop_path=drop_path, **common),
+            PUBLISHED[f'spatialmamba_{size}.untrained'].top1,
+            [dt_bias, f'The published training adds, from epoch 75 on, {weight} times the cross-entropy to the outputs '
+                      'of the averaged model (MESA), which is not part of this package.'])
 
 
 AUGMENT_CLIPS = dict(tiny='rand-m5-n2-mstd0.25-inc1', other='rand-m7-n4-mstd0.5-inc1')
@@ -318,11 +377,23 @@ def yaml_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (bool, list)) or value == '' else str(value)
 
 
+def all_epochs(recipe: Recipe) -> int:
+    """Those of the schedule and, where it does not have them, of the warm-up."""
+    flags = recipe.flags
+    return flags['epochs'] + (flags['warmup_epochs'] if flags.get('warmup_prefix') else 0)
+
+
+def data(recipe: Recipe) -> str:
+    """The data set, as the recipe's name has it."""
+    return 'IMAGENET' if '_in1k' in recipe.name else recipe.name.split('_')[2].upper()
+
+
 def document() -> str:
     """docs/recipes.md."""
     rows = ''.join(
         f'| `{r.name}` | {r.top1 or "–"} | {r.views or ("–" if "num_sample" in r.flags else "")} | '
-        f'{r.flags["lr_base"]:g} @ {r.flags["lr_base_size"]} | {r.flags["epochs"]} |\n' for r in recipes())
+        f'{r.flags["lr_base"]:g} @ {r.flags["lr_base_size"]} | {all_epochs(r)} '
+        f'| `train.py {data(r)} --recipe {r.name}` |\n' for r in recipes())
     return INTRODUCTION + rows
 
 
@@ -342,7 +413,7 @@ python train.py --recipe videomamba_small_in1k --train-num-samples 1281167 --dry
 The learning rate follows the batch as in the papers: it is stated at a number of samples in an optimiser step, over all
 processes, and scaled linearly from there. `--dry-run N` prints what the recipe comes to in N processes: data, model,
 parameter groups, learning rates, steps, and an estimate of the memory, and stops. Accuracies are those published, none
-is measured here; no source states GPU-days. Views are clips × crops.
+is measured here; no source states GPU-days. Epochs are those with the warm-up. Views are clips × crops.
 
 Three flags are not timm's, and say what VideoMamba's released code does:
 
@@ -350,14 +421,15 @@ Three flags are not timm's, and say what VideoMamba's released code does:
   layers only the embeddings are slowed, by RATE to the depth + 1. `proper` is timm's layer decay, `none` is without.
 - `--decay-a-log` decays A_log, which Mamba exempts from weight decay (and so does every model here by itself).
 - `--sched cosine_per_step` and `--lr-base-all`: clips are trained with a learning rate set every step, whose warm-up
-  includes both ends, and with `--min-lr` and `--warmup-lr` that follow the batch, too.
+  includes both ends, and with `--min-lr` and `--warmup-lr` that follow the batch, too, as do VMamba's and
+  Spatial-Mamba's.
 
 timm's own train.py takes the files as well, `python -m timm_ssm TIMM/train.py DATA --config FILE`, where these and the
 flags of clips are not needed: the recipes of StableMamba, GroupMamba and MambaVision for ImageNet. It ignores keys that
 it does not know.
 
-| recipe | top-1 | views | learning rate @ batch | epochs |
-| --- | ---: | :---: | ---: | ---: |
+| recipe | top-1 | views | learning rate @ batch | epochs | command, after `torchrun --nproc-per-node 8` |
+| --- | ---: | :---: | ---: | ---: | --- |
 '''
 
 
