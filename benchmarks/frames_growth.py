@@ -7,17 +7,14 @@ Both have width 192; the ViT has the 12 blocks and about the parameters of ViT-T
 """
 import argparse
 import csv
-import os
-import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import List, Tuple
 
 import timm
 import torch
-from harness import RESULTS, environment
+from harness import RESULTS, environment, process_memory
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -63,10 +60,9 @@ def step(name: str, num_frames: int, args: argparse.Namespace) -> Tuple[float, f
         if cuda:
             torch.cuda.synchronize()
 
-    pages = 0 if cuda else int(Path('/proc/self/statm').read_text().split()[1])
+    before = 0 if cuda else process_memory('VmRSS')
     run()  # to warm up; its peak is that of every step
-    peak = torch.cuda.max_memory_allocated() if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * os.sysconf('SC_PAGE_SIZE'))
+    peak = torch.cuda.max_memory_allocated() if cuda else process_memory('VmHWM') - before
     # what others do on the machine has little to do with a processor's time
     clock = time.perf_counter if cuda else time.process_time
     times: List[float] = []

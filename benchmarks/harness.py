@@ -62,6 +62,15 @@ def time_in_turns(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+def process_memory(field: str) -> int:
+    """Bytes that this process holds now ('VmRSS') or held at most ('VmHWM'), on Linux.
+
+    getrusage's maximum would count the process that started this one.
+    """
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def environment() -> Dict[str, str]:
     """The machine and the versions that a measurement depends on."""
     cpu = platform.processor() or platform.machine()

@@ -7,7 +7,6 @@ system's. The machine should be idle.
 """
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Iterator, List
 
 import timm
 import torch
-from harness import Row, report, time_in_turns
+from harness import Row, process_memory, report, time_in_turns
 
 import timm_ssm  # noqa: F401, registers the models
 
@@ -81,10 +80,9 @@ def train_step(how: str) -> int:
         mixer.bidirectional_selective_scan, bimamba.bidirectional_causal_conv1d = both_scans, both_convs
     model = timm.create_model('videomamba_tiny_patch16_224').train()
     x = torch.randn(8, 3, 224, 224)
-    pages = int(Path('/proc/self/statm').read_text().split()[1])
-    before = pages * os.sysconf('SC_PAGE_SIZE')
+    before = process_memory('VmRSS')
     torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long)).backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before  # ru_maxrss is in KiB on Linux
+    return process_memory('VmHWM') - before
 
 
 def step_memory(how: str) -> float:
@@ -92,8 +90,8 @@ def step_memory(how: str) -> float:
 
 
 def memory_rows() -> Iterator[Row]:
-    if not Path('/proc/self/statm').exists():
-        print('no /proc/self/statm: cannot measure memory')
+    if not Path('/proc/self/status').exists():
+        print('no /proc/self/status: cannot measure memory')
         return
     native = step_memory('native')
     for how, goal in (('autograd', .35), ('eager', None)):

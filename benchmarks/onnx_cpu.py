@@ -1,9 +1,10 @@
 """Models in onnxruntime against PyTorch with the native backend on the CPU, and forms of the scan in onnxruntime.
 
-    python benchmarks/onnx_cpu.py models | large | scans [--seconds 5]
+    python benchmarks/onnx_cpu.py export | models | large | scans [--seconds 5] [--folder FOLDER]
 
-Ratios of medians, timed in turns. Memory is the peak of a process that runs one input twice and has no other work:
-with onnxruntime it imports neither PyTorch nor this package. The machine should be idle.
+`export` times the export and counts operators; the others take the files that it left in FOLDER. Speeds are ratios of
+medians, timed in turns. Memory is the peak of a process that runs one input twice and has no other work: with
+onnxruntime it imports neither PyTorch nor this package. The machine should be idle.
 """
 import argparse
 import subprocess
@@ -50,20 +51,30 @@ def peak(code: str, *args: object) -> float:
     return float(run.stdout) / 2 ** 10
 
 
-def model_rows(name: str, folder: Path, seconds: float) -> Iterator[Row]:
-    image, file = name.endswith(('tiny', 'patch16_224')), folder / f'{name}.onnx'
-    model = timm.create_model(name).eval()
+def is_image_model(name: str) -> bool:
+    return '_f' not in name and '_576' not in name
+
+
+def export_rows(name: str, folder: Path) -> Iterator[Row]:
     start = time.perf_counter()
-    done = export(model, file)
-    yield Row(f'{name}: seconds to export and check', time.perf_counter() - start, 60 if image else None, less=True)
+    done = export(timm.create_model(name).eval(), folder / f'{name}.onnx')
+    goal = 60 if is_image_model(name) else None
+    yield Row(f'{name}: seconds to export and check', time.perf_counter() - start, goal, less=True)
     yield Row(f'{name}: operators', done.nodes, 2000 if name == 'videomamba_tiny_patch16_224' else None, less=True,
               detail=f'outputs differ by {done.difference:.1g} of the largest')
+
+
+def model_rows(name: str, folder: Path, seconds: float) -> Iterator[Row]:
+    file, model = folder / f'{name}.onnx', timm.create_model(name).eval()
+    if not file.exists():
+        export(model, file)
     x = torch.randn(1, *model_input_size(model))
     functions = dict(
         torch=partial(model, x), onnx=partial(onnxruntime.InferenceSession(file).run, None, {'input': x.numpy()}))
     with torch.inference_mode():
         times = time_in_turns(functions, seconds, turn=.5)
-    yield Row(f'{name}: speed, onnxruntime / PyTorch', times['torch'] / times['onnx'], .7 if image else None,
+    yield Row(f'{name}: speed, onnxruntime / PyTorch', times['torch'] / times['onnx'],
+              .7 if is_image_model(name) else None,
               detail=f'{times["onnx"] * 1e3:.1f} against {times["torch"] * 1e3:.1f} ms')
     shape = tuple(x.shape)
     memory = peak(RUN_ONNX + 'for _ in range(2): session.run(None, {"input": x})\n', file, shape)
@@ -135,14 +146,20 @@ def scan_rows(folder: Path, seconds: float) -> Iterator[Row]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=(*MODELS, 'scans'))
+    parser.add_argument('what', choices=('export', *MODELS, 'scans'))
     parser.add_argument('--seconds', type=float, default=5., help='time to spend on each comparison')
+    parser.add_argument('--folder', type=Path, help='where models are kept, to be exported once')
     args = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        scans = scan_rows(Path(folder), args.seconds)
-        models = (row for name in MODELS.get(args.what, ()) for row in model_rows(name, Path(folder), args.seconds))
-        for row in scans if args.what == 'scans' else models:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if args.what == 'scans':
+            found = scan_rows(folder, args.seconds)
+        elif args.what == 'export':
+            found = (row for names in MODELS.values() for name in names for row in export_rows(name, folder))
+        else:
+            found = (row for name in MODELS[args.what] for row in model_rows(name, folder, args.seconds))
+        for row in found:
             print(row.name, row.value, row.detail, flush=True)
             rows.append(row)
     report(f'onnx_cpu_{args.what}', rows, onnxruntime=onnxruntime.__version__)
