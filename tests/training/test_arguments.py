@@ -1,5 +1,6 @@
 """The flags of train.py and their YAML files."""
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_file_that_is_no_mapping(tmp_path, capsys):
 def test_flags_that_make_no_sense(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert message in error_of(capsys, parse_args, [str(tmp_path), *flags])
+
+
+def test_what_is_left_out_is_documented():
+    document = Path(__file__).parents[2] / 'docs' / 'training.md'
+    rows = document.read_text().partition('### Flags that are left out')[2].partition('## Recipes')[0].splitlines()
+    named = [pattern for row in rows for pattern in re.findall(r'`--([^`]+)`', row[1:].partition(' |')[0])]
+    for flag in UNSUPPORTED:
+        assert any(fnmatch(flag, pattern) for pattern in named), flag
+    for pattern in named:
+        assert any(fnmatch(flag, pattern) for flag in UNSUPPORTED), pattern
 
 
 def test_help(capsys):

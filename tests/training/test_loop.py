@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import save_for_hf
 from timm.task import ClassificationTask
+from torchvision.transforms.functional import pil_to_tensor
 
 from timm_ssm.training import train
+from timm_ssm.training.loop import save_picture
 
 from .utils import (
     MODEL,
@@ -152,6 +155,23 @@ class TestTraining:
         run(digits, tmp_path, '--epochs', 1, '--log-wandb', '--wandb-project', 'digits')
         assert calls[0]['project'] == 'digits' and calls[0]['name'] == 'run'
         assert calls[1]['epoch'] == 0 and 'eval_top1' in calls[1]
+
+
+    def test_pictures_of_batches(self, digits, tmp_path):
+        folder = run(digits, tmp_path, '--epochs', 1, '--log-interval', 4, '--save-images')
+        assert {path.name for path in folder.glob('*.jpg')} == {f'train-batch-{i}.jpg' for i in (3, 7, 9)}
+        assert Image.open(folder / 'train-batch-3.jpg').size == (8 * 8, 2 * 8)  # 16 digits of 8 x 8
+        clips = torch.zeros(2, 3, 4, 8, 8)
+        clips[1, :, 2] = 1.  # of the second clip the third frame
+        save_picture(clips, str(tmp_path / 'clips.png'))
+        rows = pil_to_tensor(Image.open(tmp_path / 'clips.png')).bool().all(0)
+        assert rows.shape == (16, 32) and rows[8:, 16:24].all() and rows.sum() == 64
+
+    def test_modules_of_devices(self, digits, tmp_path, monkeypatch):
+        (tmp_path / 'my_device.py').write_text("raise RuntimeError('imported')")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(RuntimeError, match='imported'):
+            run(digits, tmp_path / 'output', '--epochs', 1, '--device-modules', 'my_device')
 
 
 class TestNotFinite:

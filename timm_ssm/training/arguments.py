@@ -19,8 +19,8 @@ from .clips import add_clip_flags
 UNSUPPORTED = {
     'task': 'classification', 'target-format': None, 'multilabel-threshold': 0.5, 'class-stats': None,
     'loss-class-weight': None, 'loss-pos-weight': None, 'loss-weight-power': None, 'poly-epsilon': 2., 'poly-gamma': 0.,
-    'torchscript': False, 'fuser': '', 'device-modules': None, 'synchronize-step': False, 'local-rank': 0,
-    'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'tta': 0, 'save-images': False,
+    'torchscript': False, 'fuser': '', 'synchronize-step': False, 'local-rank': 0,
+    'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'tta': 0,
     'use-multi-epochs-loader': False, 'persistent-workers': True,
     'train-img-sizes': None, 'train-batch-sizes': None, 'train-size-probs': None, 'train-size-schedule': 'constant',
     'train-size-schedule-spread': 0.65, 'train-size-random-mix': 0.1, 'train-batches-per-epoch': None,
@@ -164,6 +164,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add_running_flags(add)
     add('--amp', action='store_true', help='mixed precision')
     add('--model-dtype', choices=('float32', 'bfloat16'), help='type of the weights and images; without --amp')
+    add('--device-modules', nargs='+', metavar='MODULE', help='import these first, for devices that they bring')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
 
     add = parser.add_argument_group('Optimiser').add_argument
@@ -298,6 +299,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--spike-threshold', type=float, default=8., metavar='Z',
         help='how far, in robust standard deviations of the latest 100 losses')
     add('--max-spikes', type=at_least(0), default=20, metavar='N', help='largest number of spikes in a run')
+    add('--save-images', action='store_true', help='save the batches that are logged, as pictures')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME', help='its project')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run')

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import math
+import os
 import statistics
 from contextlib import nullcontext
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import torch
 from timm import utils
 from timm.task import TrainingTask
+from torchvision.utils import save_image
 
 from .data import TrainBatches
 from .log import EpochLog
@@ -59,6 +61,7 @@ class Trainer:
         self.autocast = create_autocast(args)
         self.loss_scaler = create_loss_scaler(args)
         self.monitor: Optional[Monitor] = None  # of the first process
+        self.picture_folder: Optional[str] = None  # of the first process, for --save-images
         self.watching = False  # the monitor is to see the next step
         self.spikes = SpikeDetector(args.spike_threshold) if args.on_spike else None
         self.spiked = False  # in the batches of the next step
@@ -120,6 +123,8 @@ class Trainer:
                     lr = optimizer.param_groups[-1]['lr']
                     if logged or recover:
                         log.show(done, f'loss {values[-1]:.4f} ({loss_sum / done:.4f})  lr {lr:.3e}')
+                    if logged and self.picture_folder is not None:
+                        save_picture(input, os.path.join(self.picture_folder, f'train-batch-{i}.jpg'))
                     if self.monitor is not None:
                         self.monitor.see_losses(values)
                         if self.watching:
@@ -205,3 +210,11 @@ class Trainer:
             if key in state:
                 state[key] = {name: t.contiguous() for name, t in state[key].items()}
         return state
+
+
+def save_picture(input: torch.Tensor, path: str) -> None:
+    """Save a batch of images side by side, or of clips (B, C, T, H, W) as rows of frames."""
+    if input.ndim == 5:
+        save_image(input.transpose(1, 2).flatten(0, 1).float(), path, nrow=input.shape[2], padding=0, normalize=True)
+    else:
+        save_image(input.float(), path, padding=0, normalize=True)

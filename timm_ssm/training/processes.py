@@ -1,6 +1,7 @@
 """The processes of a run: joining them, locking its folder, stopping them after the same step."""
 import argparse
 import glob
+import importlib
 import logging
 import os
 import signal
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 
 def setup_process(args: argparse.Namespace) -> torch.device:
     """Join the other processes, if any, and select this one's device; sets `args.rank` and its like."""
+    for module in args.device_modules or ():
+        importlib.import_module(module)
     device = utils.init_distributed_device(args)
     setup_logging(utils.is_primary(args))
     if device.type == 'cuda':

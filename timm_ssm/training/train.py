@@ -95,6 +95,8 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
         log = RunLog(args, checkpoints.folder, progress.epoch, args_text, data.class_to_idx)
         if resume and resume.same_run:
             checkpoints.continue_from(resume.path, resume.state)
+        if args.save_images:
+            trainer.picture_folder = checkpoints.folder
         if args.monitor:
             trainer.monitor = Monitor(
                 trainer.model, os.path.join(checkpoints.folder, 'monitor.csv'), trainer.num_updates(progress))
