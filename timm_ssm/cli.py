@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     # these parse their own flags, see main
     command('train', None, 'train a model, as train.py does')
     command('validate', None, 'measure the accuracy of models, as validate.py does')
+    command('plan', None, 'estimate training steps on many GPUs: compute, memory, network, data')
 
     p = command('plot', _plot, 'draw the curves of runs, and tables of results and benchmarks')
     p.add_argument(
@@ -215,8 +216,10 @@ def _positive(text: str) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command; an error is one message on stderr and exit status 1."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (['train'], ['validate']):
-        importlib.import_module(f'.training.{argv[0]}', __package__).main(argv[1:], prog=f'timm-ssm {argv[0]}')
+    own_flags = dict(train='train', validate='validate', plan='scaling')
+    if argv and argv[0] in own_flags:
+        module = importlib.import_module(f'.training.{own_flags[argv[0]]}', __package__)
+        module.main(argv[1:], prog=f'timm-ssm {argv[0]}')
         return 0
     args = parser().parse_args(argv)
     try:

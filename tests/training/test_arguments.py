@@ -78,7 +78,7 @@ def test_values_from_the_file_and_the_command_line(tmp_path):
     (dict(input_size=224), 'argument --input-size: expected 3 arguments'),
     (dict(decay_milestones=[1, 'x']), "argument --decay-milestones: invalid int value: 'x'"),
     (dict(torchscript=True), '--torchscript: left out of this script.*python -m timm_ssm'),
-    (dict(train_img_sizes=[128, 224]), '--train-img-sizes: left out'),
+    (dict(naflex_patch_sizes=[16, 32]), '--naflex-patch-sizes: left out'),
 ])
 def test_mistakes_in_the_file(tmp_path, capsys, config, message):
     path = write(tmp_path, **config)

@@ -19,7 +19,7 @@ from timm_ssm.data import create_train_transform
 from timm_ssm.training import train
 from timm_ssm.training.arguments import RECIPES, UNSUPPORTED, make_parser, parse_args
 from timm_ssm.training.optim import create_optimizer, create_scheduler, global_batch, resolve_learning_rate
-from timm_ssm.training.plan import saved_bytes
+from timm_ssm.training.recompute import saved_activations
 from timm_ssm.zoo import recipes
 
 FIXTURES = Path(__file__).parents[1] / 'fixtures'
@@ -236,11 +236,11 @@ def test_dry_run(digits, tmp_path, capsys):
             f'model          videomamba_tiny_patch16_224, {parameters}', 'GiB for weights, gradients, optimiser state',
             '160 to train on, 41 to validate on, 10 classes', '3 × 8 × 8', 'global batch   16: 2 processes of 8',
             'steps          10 an epoch, 300 in 30 epochs', 'learning rate 1.563e-05', 'weight decay 0.05',
-            '1e-06 at first', 'in epoch 5', 'GiB at most for the activations of 8 samples'):
+            '1e-06 at first', 'in epoch 5', 'GiB for the activations of 8 samples'):
         assert text in out, (text, out)
 
 
 def test_activations_of_a_plan():
     """Inputs of the linear layers and of GELU, in float32, of one sample."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.GELU(), torch.nn.Linear(5, 2))
-    assert saved_bytes(model.to('meta').train(), (3, 2, 2)) == 4 * (12 + 5 + 5)
+    assert saved_activations(model.to('meta').train(), (3, 2, 2)).total == 4 * (12 + 5 + 5)

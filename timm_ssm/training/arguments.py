@@ -14,6 +14,7 @@ from timm import utils
 
 from ..models._checkpoints import CheckpointError, explain
 from .clips import add_clip_flags
+from .sizes import add_size_flags, check_sizes
 
 # Flags of timm's train.py that are not supported here, with timm's defaults: a config file may hold these.
 UNSUPPORTED = {
@@ -22,9 +23,6 @@ UNSUPPORTED = {
     'torchscript': False, 'fuser': '', 'synchronize-step': False, 'local-rank': 0,
     'amp-impl': 'native', 'apex-amp': False, 'native-amp': False, 'aot-autograd': False, 'tta': 0,
     'use-multi-epochs-loader': False, 'persistent-workers': True,
-    'train-img-sizes': None, 'train-batch-sizes': None, 'train-size-probs': None, 'train-size-schedule': 'constant',
-    'train-size-schedule-spread': 0.65, 'train-size-random-mix': 0.1, 'train-batches-per-epoch': None,
-    'variable-batch-loss-scale': 'none',
     'naflex-loader': False, 'naflex-train-seq-lens': [128, 256, 576, 784, 1024], 'naflex-max-seq-len': 576,
     'naflex-patch-sizes': None, 'naflex-patch-size-probs': None, 'naflex-loss-scale': 'linear',
     'naflex-patchify-channels-first': False,
@@ -159,12 +157,16 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--split-bn', action='store_true', help='batch norms of their own for each augmentation split')
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
+    add('--activation-budget', type=float, metavar='GIB',
+        help='recompute as few blocks as it takes to keep the activations of a process within GIB')
 
     add = parser.add_argument_group('Device').add_argument
     add_running_flags(add)
     add('--amp', action='store_true', help='mixed precision')
     add('--model-dtype', choices=('float32', 'bfloat16'), help='type of the weights and images; without --amp')
     add('--device-modules', nargs='+', metavar='MODULE', help='import these first, for devices that they bring')
+    add('--fsdp', action='store_true',
+        help='shard weights, gradients and optimiser state over the processes, block by block (FSDP2)')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
 
     add = parser.add_argument_group('Optimiser').add_argument
@@ -221,6 +223,8 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='limit of the noise')
     add('--lr-noise-std', type=float, default=1., metavar='STD', help='standard deviation of the noise')
     add('--patience-epochs', type=int, default=10, metavar='N', help='epochs without progress to decay after (plateau)')
+
+    add_size_flags(parser.add_argument_group('Image sizes').add_argument)
 
     add = parser.add_argument_group('Augmentation and loss').add_argument
     add('--no-aug', action='store_true', help='no augmentation at all')
@@ -393,6 +397,21 @@ def find_recipe(name: str) -> str:
     return files[name]
 
 
+def check_fsdp(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what does not go with sharded parameters."""
+    reasons = dict(
+        torchcompile='whole while they are compiled', model_ema_force_cpu='with their average on the CPU')
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            parser.error(f'--{name.replace("_", "-")}: does not go with --fsdp, needs weights {reason}')
+    if args.kd_model_name and args.kd_distill_type in ('alignment', 'feature'):
+        parser.error(
+            f'--kd-distill-type {args.kd_distill_type}: trains a projection besides the model, which --fsdp does not '
+            f'shard; needs logit or token')
+    if args.dry_run is None and not utils.is_distributed_env():
+        parser.error('--fsdp: got one process, needs several by torchrun')
+
+
 def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> argparse.Namespace:
     """The arguments of a training run, checked as far as that goes without its data and model."""
     parser = make_parser(prog)
@@ -433,6 +452,13 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
         parser.error('--resume auto needs --experiment, the run to look for')
     if uses_soft_targets(args) and args.batch_size * args.num_sample % 2:
         parser.error(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch')
+    check_sizes(parser, args)
+    if args.activation_budget is not None and not args.activation_budget > 0:
+        parser.error(f'--activation-budget: got {args.activation_budget:g}, needs more than 0')
+    if args.activation_budget and args.grad_checkpointing:
+        parser.error('--activation-budget: chooses among blocks, all of which --grad-checkpointing recomputes')
+    if args.fsdp:
+        check_fsdp(parser, args)
     if args.aug_repeats and args.dry_run is None and not utils.is_distributed_env():
         parser.error('--aug-repeats spreads an image over processes: it needs torchrun, or 0 to do without')
     return args

@@ -36,8 +36,8 @@ TRAINED_WITH = (*SAMPLING_ARGS, 'clip_windows')
 # what images have and clips do not
 ONLY_IMAGES = dict(
     model_dtype=None, aug_splits=0, input_img_mode=None, crop_mode=None, crop_border_pixels=None, no_prefetcher=False,
-    aug_repeats=0, train_num_samples=None, val_num_samples=None, num_samples=None, epoch_repeats=0.,
-    dataset_trust_remote_code=False)
+    aug_repeats=0, train_img_sizes=None, train_num_samples=None, val_num_samples=None, num_samples=None,
+    epoch_repeats=0., dataset_trust_remote_code=False)
 
 
 def add_clip_flags(parser: argparse.ArgumentParser, training: bool) -> None:

@@ -27,6 +27,8 @@ from .arguments import UsageError, errors_of, uses_soft_targets
 from .clips import create_clip_loaders
 from .model import model_dtype
 from .processes import leave_signals_to_parent
+from .sizes import size_choices
+from .streams import num_readers, restart
 
 _logger = logging.getLogger(__name__)
 
@@ -165,12 +167,13 @@ class TrainBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[int, torch.Tensor, torch.Tensor]]:
         """Number and yield the batches of an epoch from `start` on, with the generators in a state of their own."""
-        for part in (self.loader.dataset, self.loader.sampler):
+        for part in (self.loader.dataset, self.loader.sampler, getattr(self.loader, 'batch_sampler', None)):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
         if self.mixup_fn is not None and self.args.mixup_off_epoch:
             self.mixup_fn.mixup_enabled = epoch < self.args.mixup_off_epoch
 
+        restart(self.loader.dataset)
         if hasattr(self.loader, 'skip_to'):
             self.loader.skip_to(start)
         key = self.args.seed, self.args.rank, epoch
@@ -237,7 +240,6 @@ def create_data(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
-        num_workers=args.workers,
         persistent_workers=False,  # started anew each epoch, from the seed of the epoch
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
@@ -272,6 +274,8 @@ def create_data(
         interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
         collate_fn=mixup_fn if mix_in_loader else None,
         worker_seeding=args.worker_seeding,
+        num_workers=num_readers(args, dataset_train, training=True),
+        **size_choices(args),
         **kwargs,
     )
     if not len(loader_train):
@@ -281,6 +285,7 @@ def create_data(
         loader_eval = create_loader(
             dataset_eval,
             batch_size=args.validation_batch_size or args.batch_size,
+            num_workers=num_readers(args, dataset_eval, training=False),
             interpolation=data_config['interpolation'],
             crop_pct=data_config['crop_pct'],
             **kwargs,

@@ -18,6 +18,8 @@ from .log import EpochLog
 from .monitor import Monitor, Spiked, SpikeDetector
 from .optim import create_autocast, create_loss_scaler, plateau_state
 from .processes import Stopped, StopSignal
+from .sharding import load_whole_model, local, whole_state
+from .sizes import loss_scale
 
 _logger = logging.getLogger(__name__)
 
@@ -145,6 +147,7 @@ class Trainer:
             # the step is not taken, see `step`; for the mean of the epoch it is as if the batch had a usual loss
             return loss.detach().new_tensor(statistics.median(self.spikes.losses))
         create_graph = getattr(self.optimizer, 'is_second_order', False)
+        accumulated /= loss_scale(self.args, len(input))
         self.loss_scaler.scale(loss / accumulated).backward(create_graph=create_graph)
         return loss.detach()
 
@@ -194,22 +197,37 @@ class Trainer:
         return values.tolist()
 
     def check_weights(self, when: str) -> None:
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+        finite = torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()
+        if self.args.fsdp:
+            finite = utils.reduce_tensor(finite.float(), self.args.world_size) == 1
+        if not finite:
             raise NotFinite(f'weights are not finite after {when}')
 
     def state(self, epoch: int) -> Dict[str, Any]:
-        """What a checkpoint holds, under timm's names."""
+        """What a checkpoint holds, under timm's names. Of a sharded model the first process gets it; all must ask."""
         args = self.args
         state = dict(
-            epoch=epoch, arch=args.model, args=vars(args), version=2, optimizer=self.optimizer.state_dict(),
+            epoch=epoch, arch=args.model, args=vars(args), version=2,
             **(dict(amp_scaler=self.loss_scaler.state_dict()) if self.loss_scaler.is_enabled() else {}),
             **(dict(plateau=plateau_state(self.scheduler)) if args.sched == 'plateau' else {}),
-            **({} if self.spikes is None else dict(spikes=self.spikes.state_dict())),
-            **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))
+            **({} if self.spikes is None else dict(spikes=self.spikes.state_dict())))
+        if args.fsdp:
+            state.update(whole_state(self.task, self.optimizer))
+        else:
+            state.update(
+                optimizer=self.optimizer.state_dict(),
+                **self.task.get_checkpoint_state(), **self.task.get_checkpoint_state(ema=True))
         for key in ('state_dict', 'state_dict_ema'):  # safetensors takes no channels-last tensors
             if key in state:
                 state[key] = {name: t.contiguous() for name, t in state[key].items()}
         return state
+
+    def load_weights(self, state_dict: Dict[str, Any], task_state: Optional[Dict[str, Any]], ema: bool = False) -> None:
+        """Load the model, or the average of its weights."""
+        if self.args.fsdp:
+            load_whole_model(self.task, state_dict, ema)
+        else:
+            self.task.load_checkpoint_state(state_dict, task_state, ema=ema)
 
 
 def save_picture(input: torch.Tensor, path: str) -> None:

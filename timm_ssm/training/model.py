@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models._checkpoints import Checkpoint, CheckpointError, frames_in_name, load_weights, read_checkpoint
 from .arguments import errors_of
+from .sizes import check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +106,9 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
         )
     if load_weights and args.initial_checkpoint:
         load_initial(model, args.initial_checkpoint)
+    if args.train_img_sizes:
+        with errors_of('--train-img-sizes', args.train_img_sizes):
+            check_model(args, model)
     args.num_classes = model.num_classes
     with torch.no_grad():
         if args.head_init_scale is not None:
@@ -117,7 +121,7 @@ def build_model(args: argparse.Namespace, device: torch.device, load_weights: bo
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device, model_dtype(args))
-    if args.channels_last:
+    if args.channels_last and not args.fsdp:  # whose shards are contiguous
         to_channels_last(model)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)

@@ -2,7 +2,6 @@
 import csv
 import logging
 import os
-import re
 import statistics
 from collections import deque
 from typing import Any, Callable, Dict, List, Optional
@@ -10,10 +9,12 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..layers.mixer import ScanInputs, scan_mixers
 from ..ops import selective_scan
 from .checkpoints import atomic_write
+from .sharding import gathered, named_blocks
 
 MAX_TOKENS = 1024  # of a scan whose states are looked at
 
@@ -80,22 +81,22 @@ class Monitor:
 
     Args:
         model: Not wrapped for compilation or several processes.
-        path: File to write; rows up to `start_update` are kept.
+        path: File to write; rows up to `start_update` are kept. None to write none: of a sharded model every process
+            needs a monitor, and one of them writes.
         start_update: Optimiser steps done.
     """
 
-    def __init__(self, model: nn.Module, path: str, start_update: int):
+    def __init__(self, model: nn.Module, path: Optional[str], start_update: int):
         self.model = model
         self.path = path
-        self.blocks = {
-            name: module for name, module in model.named_modules() if re.search(r'(^|\.)(blocks|layers)\.\d+$', name)}
+        self.blocks = dict(named_blocks(model))
         self.mixers = scan_mixers(model)
         self.scores = SpikeDetector(float('inf'))
         self.score = 0.
         self.row: Dict[str, float] = {}
         self.before: Dict[str, List[torch.Tensor]] = {}
         rows = []
-        if start_update and os.path.exists(path):
+        if path and start_update and os.path.exists(path):
             with open(path, newline='') as f:
                 rows = [row for row in csv.DictReader(f) if int(row['update']) <= start_update]
         self.columns = ['epoch', 'update', 'loss', 'loss_score', 'lr', 'grad_norm']
@@ -103,10 +104,11 @@ class Monitor:
             self.columns += [f'{name}.{kind}' for name in self.blocks]
         for kind in ('dt_min', 'dt_max', 'decay_min', 'decay_max', 'state_max'):
             self.columns += [f'{name}.{kind}' for name in self.mixers]
-        with atomic_write(path, 'w', newline='') as f:
-            writer = csv.DictWriter(f, self.columns, extrasaction='ignore', restval='')
-            writer.writeheader()
-            writer.writerows(rows)
+        if path:
+            with atomic_write(path, 'w', newline='') as f:
+                writer = csv.DictWriter(f, self.columns, extrasaction='ignore', restval='')
+                writer.writeheader()
+                writer.writerows(rows)
 
     def see_losses(self, losses: List[float]) -> None:
         """Score the latest losses."""
@@ -140,11 +142,13 @@ class Monitor:
             input: Its batch, or the last one of it.
             autocast: Makes the context that the model runs in.
         """
-        self.probe(input[:1], autocast)
+        with gathered(self.model):
+            self.probe(input[:1], autocast)
         row = dict(epoch=epoch, update=update, loss=loss, loss_score=self.score, lr=lr, **self.row)
-        with open(self.path, 'a', newline='') as f:
-            csv.DictWriter(f, self.columns).writerow({
-                k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        if self.path:
+            with open(self.path, 'a', newline='') as f:
+                csv.DictWriter(f, self.columns).writerow({
+                    k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
         self.row, self.score = {}, 0.
 
     @torch.no_grad()
@@ -184,7 +188,10 @@ class Monitor:
 def norm(tensors: List[Optional[torch.Tensor]]) -> float:
     """The norm of all of them together."""
     tensors = [t for t in tensors if t is not None]
-    return float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.
+    if not tensors:
+        return 0.
+    total = torch.nn.utils.get_total_norm(tensors)
+    return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def scan_statistics(s: ScanInputs) -> Dict[str, torch.Tensor]:

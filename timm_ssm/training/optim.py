@@ -20,6 +20,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from .sizes import mean_batch_size
+
 _logger = logging.getLogger(__name__)
 
 
@@ -36,9 +38,9 @@ def resolve_learning_rate(args: argparse.Namespace) -> None:
     _logger.info(f'Learning rate {args.lr:g}, of {args.lr_base:g} at a batch of {args.lr_base_size}')
 
 
-def global_batch(args: argparse.Namespace) -> int:
-    """Images or clips in an optimiser step of all processes."""
-    return args.batch_size * args.num_sample * args.world_size * args.grad_accum_steps
+def global_batch(args: argparse.Namespace) -> float:
+    """Images or clips in an optimiser step of all processes, on average where their number changes."""
+    return mean_batch_size(args) * args.num_sample * args.world_size * args.grad_accum_steps
 
 
 def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 import argparse
 import math
 import os
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 import timm
 import torch
@@ -14,6 +14,8 @@ from .clips import create_reader, resolve_clips
 from .data import create_datasets, resolve_data
 from .model import build_model
 from .optim import create_optimizer, create_scheduler, global_batch
+from .recompute import plan_recomputation
+from .sizes import largest_batch, mean_batch_size
 
 BLOCKS = '▁▂▃▄▅▆▇█'
 
@@ -28,16 +30,14 @@ def describe_plan(args: argparse.Namespace) -> str:
         model = build_model(args, torch.device('meta'), load_weights=False).train()
     data_config = resolve_data(args, model)
     num_train, num_eval = count_samples(args, model, data_config['input_size'][0])
-    batches = math.ceil(num_train / args.world_size) // args.batch_size
+    batches = args.train_batches_per_epoch or int(math.ceil(num_train / args.world_size) / mean_batch_size(args))
     if not batches:
         raise ValueError(f'--batch-size: got {args.batch_size}, {num_train} samples do not fill one batch')
     updates = math.ceil(batches / args.grad_accum_steps)
     with errors_of('--opt', args.opt):
         optimizer = create_optimizer(args, model)
     scheduler, num_epochs = create_scheduler(args, optimizer, updates)
-    channels, *size = data_config['input_size']
-    frames = num_frames(model)
-    shape = (channels, frames, *size) if frames > 1 else (channels, *size)
+    shape = sample_shape(model, data_config['input_size'])
     start = args.initial_checkpoint or args.pretrained_path or ('its released weights' if args.pretrained else '')
 
     lines = [
@@ -46,7 +46,7 @@ def describe_plan(args: argparse.Namespace) -> str:
         f'model          {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters'
         + (f', from {start}' if start else ', from scratch')
         + (f', taught by {args.kd_model_name} ({args.kd_distill_type})' if args.kd_model_name else ''),
-        f'global batch   {global_batch(args)}: {args.world_size} processes of {args.batch_size}'
+        f'global batch   {round(global_batch(args))}: {args.world_size} processes of {round(mean_batch_size(args), 2)}'
         + (f', each augmented {args.num_sample} times' if args.num_sample > 1 else '')
         + (f', {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else ''),
         f'steps          {updates:,} an epoch, {updates * num_epochs:,} in {num_epochs} epochs',
@@ -92,16 +92,11 @@ def learning_rates(
         yield max(group['lr'] for group in optimizer.param_groups)
 
 
-def saved_bytes(model: nn.Module, shape: Tuple[int, ...]) -> int:
-    """Bytes that a forward pass keeps of each sample for the backward, at most: views of a tensor count as others."""
-
-    def saved(batch_size: int) -> int:
-        kept = {}  # held, so that no other tensor gets the id
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t):
-            model(torch.empty(batch_size, *shape, device='meta'))
-        return sum(t.numel() * t.element_size() for t in kept.values())
-
-    return (saved(4) - saved(2)) // 2  # so that weights do not count
+def sample_shape(model: nn.Module, input_size: Sequence[int]) -> Tuple[int, ...]:
+    """(channels, height, width), or (channels, frames, height, width) of clips."""
+    channels, *size = input_size
+    frames = num_frames(model)
+    return (channels, frames, *size) if frames > 1 else (channels, *size)
 
 
 def describe_memory(
@@ -123,11 +118,12 @@ def describe_memory(
         with torch.device('meta'):
             teacher = 4 * sum(p.numel() for p in timm.create_model(args.kd_model_name).parameters())
     held = 2 * weights + state + teacher + (weights if args.model_ema and not args.model_ema_force_cpu else 0)
-    samples = args.batch_size * args.num_sample
-    kept = saved_bytes(model, shape) * samples
+    recomputed, kept = plan_recomputation(args, model, shape)
     gib = 1 << 30
+    if args.fsdp:
+        held = teacher + (held - teacher) / args.world_size
     return [
         f'memory         {held / gib:.2f} GiB for weights, gradients, optimiser state'
         + (', teacher' if teacher else '') + (', average' if args.model_ema else ''),
-        f'               {kept / gib:.2f} GiB at most for the activations of {samples} samples, in float32'
-        + (', about half in mixed precision' if args.amp else '')]
+        f'               {kept / gib:.2f} GiB for the activations of {largest_batch(args, shape)[0]} samples'
+        + (f', {len(recomputed)} blocks recomputed' if recomputed else '')]

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
 from timm.models import clean_state_dict
@@ -16,6 +17,7 @@ from .loop import Progress, Trainer
 from .monitor import Spiked
 from .optim import load_plateau_state
 from .processes import decide_once
+from .sharding import load_whole_optimizer
 
 _logger = logging.getLogger(__name__)
 
@@ -93,14 +95,6 @@ def restore(args: argparse.Namespace, trainer: Trainer, point: Optional[ResumePo
         trainer.scheduler.step_update(num_updates)
         if args.sched == 'plateau' and 'plateau' in state:
             load_plateau_state(trainer.scheduler, state['plateau'])
-    if args.model_ema:
-        trainer.task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device='cpu' if args.model_ema_force_cpu else None,
-        )
-        if 'state_dict_ema' in state:
-            trainer.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
     return progress
 
 
@@ -138,22 +132,29 @@ def roll_back(args: argparse.Namespace, trainer: Trainer, checkpoints: Checkpoin
 
 
 def load_training_state(trainer: Trainer, state: Dict[str, Any], with_optimizer: bool = True) -> None:
-    """Load model, optimiser and loss scaler, and the averaged weights where both have them."""
-    trainer.task.load_checkpoint_state(clean_state_dict(state['state_dict']), state.get('task_state'))
-    if 'state_dict_ema' in state and trainer.task.has_ema():
-        trainer.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+    """Load model, averaged weights, optimiser and loss scaler. An average that starts now starts with the model."""
+    trainer.load_weights(clean_state_dict(state['state_dict']), state.get('task_state'))
+    if trainer.task.has_ema() and 'state_dict_ema' in state:
+        trainer.load_weights(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+    elif trainer.task.has_ema():
+        trainer.task.get_trainable_module(ema=True).set(trainer.model)
     if with_optimizer:
-        load_optimizer(trainer.optimizer, state['optimizer'])
+        load = partial(load_whole_optimizer, trainer.model, trainer.optimizer) if trainer.args.fsdp else None
+        load_optimizer(trainer.optimizer, state['optimizer'], load)
         if trainer.loss_scaler.is_enabled() and 'amp_scaler' in state:
             trainer.loss_scaler.load_state_dict(state['amp_scaler'])
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Dict[str, Any]) -> None:
+def load_optimizer(
+        optimizer: torch.optim.Optimizer,
+        state_dict: Dict[str, Any],
+        load: Optional[Callable[[Dict[str, Any]], None]] = None,
+) -> None:
     """Load an optimiser's moments; learning rates, decay and other settings stay those it was created with."""
     settings = [
         {k: v for k, v in group.items() if k != 'params' and not k.endswith('step')}  # some count steps in groups
         for group in optimizer.param_groups]
-    optimizer.load_state_dict(state_dict)
+    (load or optimizer.load_state_dict)(state_dict)
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
 
@@ -176,7 +177,9 @@ def report_changes(args: argparse.Namespace, point: ResumePoint, changed: Dict[s
     if not args.no_resume_opt and (moved := pick('opt', 'opt_kwargs')):
         raise UsageError(
             f"--resume {point.path}: the optimiser's state fits no other one ({moved}); --no-resume-opt starts it anew")
-    if 'batch' in point.state and (moved := pick('seed', 'batch_size', 'world_size', 'workers', 'grad_accum_steps')):
+    if 'batch' in point.state and (moved := pick(
+            'seed', 'batch_size', 'world_size', 'workers', 'grad_accum_steps', 'train_img_sizes', 'train_batch_sizes',
+            'train_size_probs', 'train_size_schedule', 'train_batches_per_epoch')):
         raise UsageError(
             f'--resume {point.path}: in the middle of an epoch these must stay as they were: {moved}; last.pth.tar, '
             f'between epochs, can go on with others')

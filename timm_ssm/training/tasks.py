@@ -142,7 +142,10 @@ class TokenAlignmentTask(FeatureDistillationTask):
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
-    """Classification of the labels, or also distillation from the outputs, features or tokens of a teacher."""
+    """Classification of the labels, or also distillation from the outputs, features or tokens of a teacher.
+
+    The task has the average of the weights too, if there is to be one.
+    """
     with errors_of('--kd-model-name', args.kd_model_name):
         task = _create_task(args, model, device)
     if args.num_frames not in (None, 1):
@@ -151,6 +154,12 @@ def create_task(args: argparse.Namespace, model: nn.Module, device: torch.device
             owner, _, kind = name.rpartition('.')
             if kind in ('mean_kd', 'std_kd', 'student_mean', 'student_std'):
                 setattr(task.get_submodule(owner), kind, buffer.unsqueeze(2))
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device='cpu' if args.model_ema_force_cpu else None,
+        )
     return task
 
 
@@ -181,7 +190,7 @@ def wrap_task(args: argparse.Namespace, task: TrainingTask, device: torch.device
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     eval_model = task.get_eval_model()
-    if args.distributed:
+    if args.distributed and not args.fsdp:
         buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
     return eval_model

@@ -26,9 +26,11 @@ from .loop import NotFinite, Progress, Trainer
 from .model import build_model
 from .monitor import Monitor, Spiked
 from .optim import create_optimizer, create_scheduler
-from .plan import describe_plan
+from .plan import describe_plan, sample_shape
 from .processes import Stopped, StopSignal, leave_signals_to_parent, run_folder, setup_process
+from .recompute import recompute_blocks
 from .resume import find_resume_point, restore, roll_back
+from .sharding import gathered, shard
 from .tasks import create_task, wrap_task
 
 _logger = logging.getLogger(__name__)
@@ -83,7 +85,11 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
     if data.eval is not None:
         leave_signals_to_parent(data.eval)
 
+    if args.activation_budget:
+        recompute_blocks(args, model, sample_shape(model, data_config['input_size']))
     task = create_task(args, model, device)
+    if args.fsdp:
+        shard(args, task)
     with errors_of('--opt', args.opt):
         optimizer = create_optimizer(args, task.get_trainable_module())
     scheduler, stop_epoch = create_scheduler(args, optimizer, data.train.num_updates)
@@ -97,15 +103,18 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
             checkpoints.continue_from(resume.path, resume.state)
         if args.save_images:
             trainer.picture_folder = checkpoints.folder
-        if args.monitor:
-            trainer.monitor = Monitor(
-                trainer.model, os.path.join(checkpoints.folder, 'monitor.csv'), trainer.num_updates(progress))
+    if args.monitor and (primary or args.fsdp):  # of a sharded model all processes have to look at their shards
+        trainer.monitor = Monitor(
+            trainer.model, os.path.join(checkpoints.folder, 'monitor.csv') if primary else None,
+            trainer.num_updates(progress))
     trainer.roll_back = partial(roll_back, args, trainer, checkpoints)
 
     def save_recovery(progress: Progress) -> None:
         trainer.check_weights(f'epoch {progress.epoch}, batch {progress.batch - 1}')
+        if primary or args.fsdp:
+            state = dict(trainer.state(progress.epoch), **progress._asdict())
         if primary:
-            checkpoints.save_recovery(dict(trainer.state(progress.epoch), **progress._asdict()))
+            checkpoints.save_recovery(state)
 
     def stop_if_asked() -> None:
         if signal := stop.agreed():
@@ -136,9 +145,11 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
             if scheduler is not None:
                 scheduler.step(completed, metric)
 
+            if primary or args.fsdp:
+                state = trainer.state(epoch)
             if primary:
                 log.add(row)  # before the checkpoint: a row without one is dropped on resuming
-                checkpoints.save(trainer.state(epoch), metric)
+                checkpoints.save(state, metric)
                 if completed in args.save_epochs:
                     checkpoints.copy_last(f'milestone-{completed}')
             progress = Progress(completed)
@@ -166,6 +177,10 @@ def validate(
     """Validate the model, and then, for the metrics to go by, the average of its weights if there is one."""
 
     def measure(model: nn.Module) -> Dict[str, float]:
+        with gathered(model):  # processes may have different numbers of batches
+            return measure_whole(model)
+
+    def measure_whole(model: nn.Module) -> Dict[str, float]:
         clips = isinstance(data.eval, ClipLoader)
         batches = show_progress(
             stop.cut(data.eval), len(data.eval), 'Validation', args.log_interval, 'clips' if clips else 'img')
