@@ -7,7 +7,7 @@ from torch import nn
 
 from ..ops import bidirectional_causal_conv1d
 from .mixer import ScanInputs, ScanMixer, scan
-from .ssm import CausalConv1d, DtProj, init_A_log, init_dt, state_decay
+from .ssm import CausalConv1d, DtProj, state_decay
 
 
 class BiMamba(ScanMixer):
@@ -18,15 +18,7 @@ class BiMamba(ScanMixer):
     one output projection.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            d_state: int = 16,
-            d_conv: int = 4,
-            expand: int = 2,
-            device=None,
-            dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, device=None, dtype=None) -> None:
         """
         Args:
             dim: Width of the tokens.
@@ -53,20 +45,6 @@ class BiMamba(ScanMixer):
         self.D_b = nn.Parameter(torch.empty(inner, **dd))
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are this module's own, A and D of each direction."""
-        for name, p in self.named_parameters(recurse=False):
-            if name.endswith('_log'):
-                init_A_log(p)
-            else:
-                nn.init.ones_(p)
-
-    def init_dt(self) -> None:
-        """Initialise the step sizes as Mamba does."""
-        for module in self.children():
-            if isinstance(module, DtProj):
-                init_dt(module)
 
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """(B, L, dim) -> what the forward and the reverse scan are given."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import bidirectional_selective_scan, selective_scan
-from .ssm import at_least_float32
+from .ssm import DtProj, at_least_float32, init_A_log, init_dt
 
 
 class ScanInputs(NamedTuple):
@@ -31,6 +31,20 @@ class ScanInputs(NamedTuple):
 
 class ScanMixer(nn.Module):
     """Base of the mixers that scan. A subclass has `project` and a forward that scans what it returns."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters that are this module's own, A and D of each direction."""
+        for name, p in self.named_parameters(recurse=False):
+            if name.endswith('_log'):
+                init_A_log(p)
+            else:
+                nn.init.ones_(p)
+
+    def init_dt(self) -> None:
+        """Initialise the step sizes as Mamba does."""
+        for module in self.modules():
+            if isinstance(module, DtProj):
+                init_dt(module)
 
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """The mixer's input to what its scans are given, one item for each direction."""

@@ -2,6 +2,7 @@
 from functools import partial
 from typing import Any, Callable, Dict, List, Sequence
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import load_pretrained, resolve_pretrained_cfg
 from torch import nn
@@ -9,7 +10,18 @@ from torch import nn
 from ._checkpoints import FLOATS, StateDict, explain
 from ._fetch import fetch_weights
 
-__all__ = ['build_isotropic', 'build_model_with_cfg']
+__all__ = ['build_isotropic', 'build_model_with_cfg', 'image_cfg']
+
+
+def image_cfg(**kwargs) -> Dict[str, Any]:
+    """The pretrained cfg of a classifier of ImageNet-1k at 224 pixels, where the arguments do not say otherwise."""
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0', 'classifier': 'head',
+        **kwargs,
+    }
 
 
 def build_model_with_cfg(

@@ -3,7 +3,7 @@ import inspect
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
-from timm.layers import create_classifier, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, create_classifier, trunc_normal_
 from timm.models import checkpoint_seq, named_apply
 from torch import _assert, nn
 
@@ -48,6 +48,44 @@ class Stage(nn.Module):
         else:
             x = self.blocks(x)
         return self.norm(x).permute(0, 3, 1, 2)
+
+
+class MixerMlpBlock(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on maps (B, H, W, dim) or tokens (B, L, dim)."""
+
+    def __init__(
+            self,
+            dim: int,
+            mixer: nn.Module,
+            mlp_ratio: float = 4.,
+            ls_init_value: Optional[float] = None,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels.
+            mixer: Module that keeps the shape.
+            mlp_ratio: Hidden width of the MLP over dim.
+            ls_init_value: Initial layer scale; None for no layer scale.
+            drop_path: Stochastic depth.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = mixer
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
 
 
 class HierarchicalModel(nn.Module):

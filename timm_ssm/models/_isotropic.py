@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._compat import update_model_input_size
-from ..layers import BiMamba, PatchEmbed, RmsNorm, at_least_float32, resample_patch_kernel
+from ..layers import BiMamba, PatchEmbed, RmsNorm, ScanMixer, at_least_float32, resample_patch_kernel
+from ._builder import image_cfg
 from ._checkpoints import CheckpointMismatch, StateDict, refuse_mismatch, unwrap_state_dict
 from ._features import take_indices
 
@@ -408,8 +409,26 @@ def _init_weights(module: nn.Module, name: str, depth: int, mamba_dt: bool, need
             trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif mamba_dt and hasattr(module, 'init_dt'):
+    elif mamba_dt and isinstance(module, ScanMixer):
         module.init_dt()
+
+
+def isotropic_cfg(**kwargs) -> Dict[str, Any]:
+    """`image_cfg` of a model that is built for one image size."""
+    return image_cfg(**{
+        'pool_size': None, 'fixed_input_size': True, 'first_conv': 'patch_embed.proj', **kwargs})
+
+
+def clip_cfg(num_frames: int, img_size: int = 224, num_classes: int = 400, **kwargs) -> Dict[str, Any]:
+    """`isotropic_cfg` of a model for clips."""
+    return isotropic_cfg(
+        num_classes=num_classes,
+        input_size=(3, img_size, img_size),
+        test_input_size=(3, num_frames, img_size, img_size),  # which timm's benchmark.py makes its inputs of
+        crop_pct=1.0, interpolation='bilinear',
+        first_conv=None,  # a Conv3d, which timm does not adapt to other input channels: the checkpoint filter does
+        **kwargs,
+    )
 
 
 def class_token_first(x: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,13 @@ import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, init_dt, scan, state_decay
+from ..layers import DtProj, ScanInputs, ScanMixer, scan, state_decay
+from ._builder import image_cfg
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
 from ._hierarchical import Downsample, HierarchicalModel, Stage, build_hierarchical, check_head
 
@@ -33,14 +33,7 @@ class GroupScan(ScanMixer):
     The scan has one state a channel and is float32 under autocast too, as in the authors' code.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            column_major: bool = False,
-            reverse: bool = False,
-            device=None,
-            dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, column_major: bool = False, reverse: bool = False, device=None, dtype=None) -> None:
         """
         Args:
             dim: Channels.
@@ -62,15 +55,6 @@ class GroupScan(ScanMixer):
         self.norm = nn.LayerNorm(dim, **dd)
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are this module's own, A and D."""
-        init_A_log(self.A_log)
-        nn.init.ones_(self.D)
-
-    def init_dt(self) -> None:
-        """Initialise the step sizes as Mamba does."""
-        init_dt(self.dt_proj)
 
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """(B, H, W, dim) -> what the scan is given, and the gate (B, H, W, dim) as bypass."""
@@ -115,13 +99,7 @@ class MapAttention(nn.Module):
 class GroupMambaLayer(nn.Module):
     """Modulated group Mamba layer: four channel groups, each scanned in its direction, and channel affinities."""
 
-    def __init__(
-            self,
-            dim: int,
-            attn_group: Optional[int] = None,
-            device=None,
-            dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, attn_group: Optional[int] = None, device=None, dtype=None) -> None:
         """
         Args:
             dim: Channels, a multiple of 4.
@@ -313,10 +291,10 @@ class GroupMamba(HierarchicalModel):
         self.init_weights(needs_reset=False)
 
     def _heads(self, **dd) -> Tuple[nn.Module, Optional[nn.Module]]:
-        head = nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
-        if not self.distillation:
-            return head, None
-        return head, nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        def head() -> nn.Module:
+            return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+
+        return head(), head() if self.distillation else None
 
     def init_module(self, module: nn.Module, name: str) -> None:
         """As `HierarchicalModel.init_module`."""
@@ -436,20 +414,16 @@ def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> Grou
     return build_hierarchical(GroupMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0', 'classifier': ('head', 'head_dist'),
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return image_cfg(**{
+        'classifier': ('head', 'head_dist'),
         'license': 'mit',
         'notes': ('The weights are MIT by their repositories\' metadata, non-commercial by their model cards\' text.',),
         'origin_url': 'https://github.com/Amshaker/GroupMamba',
         'paper_name': 'GroupMamba: Efficient Group-Based Visual State Space Model',
         'paper_ids': 'arXiv:2407.13772',
         **kwargs,
-    }
+    })
 
 
 default_cfgs = generate_default_cfgs({

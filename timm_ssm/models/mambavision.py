@@ -11,16 +11,7 @@ import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    Attention,
-    DropPath,
-    LayerScale,
-    Mlp,
-    calculate_drop_path_rates,
-    to_2tuple,
-    to_ntuple,
-)
+from timm.layers import Attention, DropPath, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
@@ -32,10 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._compat import update_model_input_size
-from ..layers import DtProj, ScanInputs, ScanMixer, init_A_log, scan, state_decay
+from ..layers import DtProj, ScanInputs, ScanMixer, scan, state_decay
 from ..ops import causal_conv1d
+from ._builder import image_cfg
 from ._checkpoints import refuse_mismatch, unwrap_state_dict
-from ._hierarchical import HierarchicalModel, build_hierarchical
+from ._hierarchical import HierarchicalModel, MixerMlpBlock, build_hierarchical
 
 __all__ = ['MambaVision']
 
@@ -45,14 +37,7 @@ Size2 = Union[int, Tuple[int, int]]
 class MambaVisionMixer(ScanMixer):
     """Scan one half of the channels, only convolve the other, and mix both."""
 
-    def __init__(
-            self,
-            dim: int,
-            d_state: int = 8,
-            d_conv: int = 3,
-            device=None,
-            dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, d_state: int = 8, d_conv: int = 3, device=None, dtype=None) -> None:
         """
         Args:
             dim: Width of the tokens.
@@ -75,11 +60,6 @@ class MambaVisionMixer(ScanMixer):
         self.out_proj = nn.Linear(2 * inner, dim, bias=False, **dd)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are this module's own, A and D."""
-        init_A_log(self.A_log)
-        nn.init.ones_(self.D)
-
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """(B, L, dim) -> what the scan is given, and the other half of the channels as bypass."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
@@ -96,44 +76,6 @@ class MambaVisionMixer(ScanMixer):
         z = inputs[0].bypass
         assert z is not None
         return self.out_proj(torch.cat([scan(inputs), z], dim=-1))
-
-
-class MambaVisionBlock(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on the tokens of windows."""
-
-    def __init__(
-            self,
-            dim: int,
-            mixer: nn.Module,
-            mlp_ratio: float = 4.,
-            ls_init_value: Optional[float] = None,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-    ) -> None:
-        """
-        Args:
-            dim: Width of the tokens.
-            mixer: Module (B, L, dim) -> (B, L, dim).
-            mlp_ratio: Hidden width of the MLP over dim.
-            ls_init_value: Initial layer scale; None for no layer scale.
-            drop_path: Stochastic depth.
-        """
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.mixer = mixer
-        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
 
 
 class ConvBlock(nn.Module):
@@ -276,7 +218,7 @@ class MambaVision(HierarchicalModel):
             else:
                 first_attention = (depth + 1) // 2
                 blocks = [
-                    MambaVisionBlock(
+                    MixerMlpBlock(
                         dim,
                         mixer=(
                             MambaVisionMixer(dim, **dd) if j < first_attention
@@ -373,20 +315,16 @@ def _create_mambavision(variant: str, pretrained: bool = False, **kwargs) -> Mam
     return build_hierarchical(MambaVision, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 1.0, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0', 'classifier': 'head',
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return image_cfg(**{
+        'crop_pct': 1.0,
         'license': 'nvidia-source-code-license-nc',
         'notes': ('The weights are for non-commercial use only.',),
         'origin_url': 'https://github.com/NVlabs/MambaVision',
         'paper_name': 'MambaVision: A Hybrid Mamba-Transformer Vision Backbone',
         'paper_ids': 'arXiv:2407.08083',
         **kwargs,
-    }
+    })
 
 
 def _cfg_256(**kwargs) -> Dict[str, Any]:

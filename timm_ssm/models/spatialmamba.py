@@ -15,13 +15,13 @@ import re
 from typing import Any, Dict, List, Sequence
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DtProj, LayerNorm, ScanInputs, ScanMixer, init_A_log, init_dt, scan, state_decay
+from ..layers import DtProj, LayerNorm, ScanInputs, ScanMixer, scan, state_decay
+from ._builder import image_cfg
 from ._checkpoints import StateDict, refuse_mismatch, unwrap_state_dict
 from ._hierarchical import HierarchicalModel, Stage, backbone_of_detector, build_hierarchical
 
@@ -83,15 +83,6 @@ class SpatialMambaMixer(ScanMixer):
         self.norm = LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are this module's own, A and D."""
-        init_A_log(self.A_log)
-        nn.init.ones_(self.D)
-
-    def init_dt(self) -> None:
-        """Initialise the step sizes as Mamba does."""
-        init_dt(self.dt_proj)
 
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """(B, H, W, dim) -> the scan's inputs, with the gate (B, H, W, inner) as bypass.
@@ -304,18 +295,11 @@ def _create_spatialmamba(variant: str, pretrained: bool = False, **kwargs) -> Sp
     return build_hierarchical(SpatialMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0', 'classifier': 'head',
-        'origin_url': 'https://github.com/EdwardChasel/Spatial-Mamba',
-        'paper_name': 'Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion',
-        'paper_ids': 'arXiv:2410.15091',
-        **kwargs,
-    }
+def _cfg() -> Dict[str, Any]:
+    return image_cfg(
+        origin_url='https://github.com/EdwardChasel/Spatial-Mamba',
+        paper_name='Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion',
+        paper_ids='arXiv:2410.15091')
 
 
 default_cfgs = generate_default_cfgs({

@@ -9,17 +9,16 @@ blocks of the published widths whose sizes match the published ones within 1.5 %
 above the published ones.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Type
+from typing import Optional, Type
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import BiMamba, RmsNorm
 from ._builder import build_isotropic
-from ._isotropic import IsotropicMamba, checkpoint_filter_fn
+from ._isotropic import IsotropicMamba, checkpoint_filter_fn, clip_cfg, isotropic_cfg
 
 __all__ = ['StableMamba']
 
@@ -108,38 +107,21 @@ def _create_stablemamba(variant: str, pretrained: bool = False, **kwargs) -> Sta
     return build_isotropic(StableMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'paper_name': 'StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos',
-        'paper_ids': 'arXiv:2409.11867',
-        **kwargs,
-    }
-
-
-def _clip_cfg(num_frames: int) -> Dict[str, Any]:
-    return _cfg(
-        num_classes=400,
-        test_input_size=(3, num_frames, 224, 224),  # which timm's benchmark.py makes its inputs of
-        crop_pct=1.0, interpolation='bilinear',
-        first_conv=None,
-    )
-
+_PAPER = dict(
+    paper_name='StableMamba: Distillation-free Scaling of Large SSMs for Images and Videos',
+    paper_ids='arXiv:2409.11867',
+)
 
 default_cfgs = generate_default_cfgs({
-    'stablemamba_tiny_patch16_224.untrained': _cfg(),
-    'stablemamba_small_patch16_224.untrained': _cfg(),
-    'stablemamba_middle_patch16_224.untrained': _cfg(),
-    'stablemamba_base_patch16_224.untrained': _cfg(),
-    'stablemamba_large_patch16_224.untrained': _cfg(),
-    'stablemamba_tiny_patch16_f16_224.untrained': _clip_cfg(16),
-    'stablemamba_small_patch16_f16_224.untrained': _clip_cfg(16),
-    'stablemamba_middle_patch16_f16_224.untrained': _clip_cfg(16),
-    'stablemamba_base_patch16_f16_224.untrained': _clip_cfg(16),
+    'stablemamba_tiny_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'stablemamba_small_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'stablemamba_middle_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'stablemamba_base_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'stablemamba_large_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'stablemamba_tiny_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'stablemamba_small_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'stablemamba_middle_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'stablemamba_base_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
 })
 
 

@@ -8,10 +8,9 @@ one, and a choice of orders for the reverse scan. This is an implementation from
 """
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -27,6 +26,7 @@ from ._isotropic import (
     adapt_patch_embed,
     check_weight_init,
     class_token_first,
+    clip_cfg,
     rename_authors,
 )
 
@@ -286,22 +286,13 @@ def _create_stvideomamba(variant: str, pretrained: bool = False, **kwargs) -> ST
         STVideoMamba, variant, pretrained, checkpoint_filter_fn, ('pos_embed_init', 'image_source'), **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 400, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
-        'test_input_size': (3, 16, 224, 224),  # which timm's benchmark.py makes its inputs of
-        'crop_pct': 1.0, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': None, 'classifier': 'head',
-        'paper_name': 'VideoMamba: Spatio-Temporal Selective State Space Model', 'paper_ids': 'arXiv:2407.08476',
-        **kwargs,
-    }
+_CFG = clip_cfg(
+    16, paper_name='VideoMamba: Spatio-Temporal Selective State Space Model', paper_ids='arXiv:2407.08476')
 
 
 default_cfgs = generate_default_cfgs({
-    'stvideomamba_tiny_patch16_f16_224.untrained': _cfg(),
-    'stvideomamba_small_patch16_f16_224.untrained': _cfg(),
+    'stvideomamba_tiny_patch16_f16_224.untrained': _CFG,
+    'stvideomamba_small_patch16_f16_224.untrained': _CFG,
 })
 
 

@@ -9,12 +9,11 @@ from the paper; parameter values are those of the authors' checkpoints, names fo
 """
 from typing import Any, Dict
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ._builder import build_isotropic
 from ._datasets import DATASETS
-from ._isotropic import IsotropicMamba, checkpoint_filter_fn
+from ._isotropic import IsotropicMamba, checkpoint_filter_fn, clip_cfg, isotropic_cfg
 
 __all__ = ['VideoMamba']
 
@@ -27,39 +26,23 @@ def _create_videomamba(variant: str, pretrained: bool = False, **kwargs) -> Vide
     return build_isotropic(VideoMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'license': 'apache-2.0', 'origin_url': 'https://github.com/OpenGVLab/VideoMamba',
-        'paper_name': 'VideoMamba: State Space Model for Efficient Video Understanding',
-        'paper_ids': 'arXiv:2403.06977',
-        **kwargs,
-    }
+_RELEASE = dict(
+    hf_hub_id='OpenGVLab/VideoMamba',
+    license='apache-2.0', origin_url='https://github.com/OpenGVLab/VideoMamba',
+    paper_name='VideoMamba: State Space Model for Efficient Video Understanding', paper_ids='arXiv:2403.06977',
+)
 
 
 def _image_cfg(size: str, img_size: int, trained_at: str) -> Dict[str, Any]:
-    return _cfg(
-        hf_hub_id='OpenGVLab/VideoMamba',
-        hf_hub_filename=f'videomamba_{size}16_in1k_res{trained_at}.pth',
-        input_size=(3, img_size, img_size),
-    )
+    file = f'videomamba_{size}16_in1k_res{trained_at}.pth'
+    return isotropic_cfg(input_size=(3, img_size, img_size), hf_hub_filename=file, **_RELEASE)
 
 
 def _clip_cfg(size: str, dataset: str, num_frames: int, trained_at: str = '224') -> Dict[str, Any]:
     img_size = int(trained_at.rpartition('to')[2])
-    return _cfg(
-        hf_hub_id='OpenGVLab/VideoMamba',
-        hf_hub_filename=f'videomamba_{size}16_{dataset}_f{num_frames}_res{trained_at}.pth',
-        num_classes=DATASETS[dataset.partition('_')[0]].num_classes,
-        input_size=(3, img_size, img_size),
-        test_input_size=(3, num_frames, img_size, img_size),  # which timm's benchmark.py makes its inputs of
-        crop_pct=1.0, interpolation='bilinear',
-        first_conv=None,  # a Conv3d, which timm does not adapt to other input channels: the checkpoint filter does
-    )
+    num_classes = DATASETS[dataset.partition('_')[0]].num_classes
+    file = f'videomamba_{size}16_{dataset}_f{num_frames}_res{trained_at}.pth'
+    return clip_cfg(num_frames, img_size, num_classes, hf_hub_filename=file, **_RELEASE)
 
 
 default_cfgs = generate_default_cfgs({

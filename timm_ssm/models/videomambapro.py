@@ -11,17 +11,16 @@ implementation from the paper. The mixers of the authors' released code differ f
 `create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file=...))`.
 """
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import List, Optional
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ..layers import BiMamba, ScanInputs, state_decay
 from ..ops import bidirectional_causal_conv1d
 from ._builder import build_isotropic
 from ._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
-from ._isotropic import IsotropicMamba, MambaBlock
+from ._isotropic import IsotropicMamba, MambaBlock, clip_cfg, isotropic_cfg
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
 
 __all__ = ['VideoMambaPro']
@@ -154,41 +153,24 @@ def _create_videomambapro(variant: str, pretrained: bool = False, **kwargs) -> V
     return build_isotropic(VideoMambaPro, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'origin_url': 'https://github.com/hotfinda/VideoMambaPro',
-        'paper_name': 'Snakes and Ladders: Two Steps Up for VideoMamba', 'paper_ids': 'arXiv:2406.19006',
-        **kwargs,
-    }
-
-
-def _clip_cfg(num_frames: int) -> Dict[str, Any]:
-    return _cfg(
-        num_classes=400,
-        test_input_size=(3, num_frames, 224, 224),  # which timm's benchmark.py makes its inputs of
-        crop_pct=1.0, interpolation='bilinear',
-        first_conv=None,
-    )
-
+_PAPER = dict(
+    origin_url='https://github.com/hotfinda/VideoMambaPro',
+    paper_name='Snakes and Ladders: Two Steps Up for VideoMamba', paper_ids='arXiv:2406.19006',
+)
 
 default_cfgs = generate_default_cfgs({
-    'videomambapro_tiny_patch16_224.untrained': _cfg(),
-    'videomambapro_small_patch16_224.untrained': _cfg(),
-    'videomambapro_middle_patch16_224.untrained': _cfg(),
-    'videomambapro_tiny_patch16_f8_224.untrained': _clip_cfg(8),
-    'videomambapro_tiny_patch16_f16_224.untrained': _clip_cfg(16),
-    'videomambapro_tiny_patch16_f32_224.untrained': _clip_cfg(32),
-    'videomambapro_small_patch16_f8_224.untrained': _clip_cfg(8),
-    'videomambapro_small_patch16_f16_224.untrained': _clip_cfg(16),
-    'videomambapro_small_patch16_f32_224.untrained': _clip_cfg(32),
-    'videomambapro_middle_patch16_f8_224.untrained': _clip_cfg(8),
-    'videomambapro_middle_patch16_f16_224.untrained': _clip_cfg(16),
-    'videomambapro_middle_patch16_f32_224.untrained': _clip_cfg(32),
+    'videomambapro_tiny_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'videomambapro_small_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'videomambapro_middle_patch16_224.untrained': isotropic_cfg(**_PAPER),
+    'videomambapro_tiny_patch16_f8_224.untrained': clip_cfg(8, **_PAPER),
+    'videomambapro_tiny_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'videomambapro_tiny_patch16_f32_224.untrained': clip_cfg(32, **_PAPER),
+    'videomambapro_small_patch16_f8_224.untrained': clip_cfg(8, **_PAPER),
+    'videomambapro_small_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'videomambapro_small_patch16_f32_224.untrained': clip_cfg(32, **_PAPER),
+    'videomambapro_middle_patch16_f8_224.untrained': clip_cfg(8, **_PAPER),
+    'videomambapro_middle_patch16_f16_224.untrained': clip_cfg(16, **_PAPER),
+    'videomambapro_middle_patch16_f32_224.untrained': clip_cfg(32, **_PAPER),
 })
 
 

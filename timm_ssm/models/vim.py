@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any, Dict
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ..layers import BiMamba, scan
 from ._builder import build_isotropic
 from ._checkpoints import StateDict, unwrap_state_dict
-from ._isotropic import IsotropicMamba, MambaBlock, class_token_first
+from ._isotropic import IsotropicMamba, MambaBlock, class_token_first, isotropic_cfg
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
 
 __all__ = ['Vim']
@@ -64,18 +63,11 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs) -> Vim:
     return build_isotropic(Vim, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'fixed_input_size': True,
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'license': 'apache-2.0', 'origin_url': 'https://github.com/hustvl/Vim',
-        'paper_name': 'Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model',
-        'paper_ids': 'arXiv:2401.09417',
-        **kwargs,
-    }
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return isotropic_cfg(
+        license='apache-2.0', origin_url='https://github.com/hustvl/Vim',
+        paper_name='Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model',
+        paper_ids='arXiv:2401.09417', **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

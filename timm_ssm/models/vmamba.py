@@ -13,15 +13,22 @@ import re
 from typing import Any, Dict, List, Sequence
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DtProj, LayerNorm, ScanInputs, ScanMixer, init_A_log, init_dt, scan, state_decay
+from ..layers import DtProj, LayerNorm, ScanInputs, ScanMixer, scan, state_decay
+from ._builder import image_cfg
 from ._checkpoints import StateDict, UnsupportedModel, refuse_mismatch, unwrap_state_dict
-from ._hierarchical import Downsample, HierarchicalModel, Stage, backbone_of_detector, build_hierarchical
+from ._hierarchical import (
+    Downsample,
+    HierarchicalModel,
+    MixerMlpBlock,
+    Stage,
+    backbone_of_detector,
+    build_hierarchical,
+)
 
 __all__ = ['VMamba']
 
@@ -56,16 +63,6 @@ class SS2D(ScanMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialise the parameters that are this module's own, A and D."""
-        init_A_log(self.A_log)
-        nn.init.ones_(self.D)
-
-    def init_dt(self) -> None:
-        """Initialise the step sizes as Mamba does."""
-        for proj in self.dt_proj:
-            init_dt(proj)
-
     def project(self, x: torch.Tensor) -> List[ScanInputs]:
         """(B, H, W, dim) -> what the scans by rows and columns, and those in reverse, are given."""
         x = F.silu(self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
@@ -95,43 +92,6 @@ class SS2D(ScanMixer):
         columns = scan([inputs[1], inputs[3]], float32=True)
         y = self.restore(rows, 0, x.shape) + self.restore(columns, 1, x.shape)
         return self.out_proj(self.norm(y))
-
-
-class VMambaBlock(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(
-            self,
-            dim: int,
-            expand: float = 1.,
-            d_state: int = 1,
-            mlp_ratio: float = 4.,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-    ) -> None:
-        """
-        Args:
-            dim: Channels.
-            expand: As in SS2D.
-            d_state: As in SS2D.
-            mlp_ratio: Hidden width of the MLP over dim.
-            drop_path: Stochastic depth.
-        """
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.mixer = SS2D(dim, expand=expand, d_state=d_state, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)"""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
 
 
 class VMamba(HierarchicalModel):
@@ -180,7 +140,7 @@ class VMamba(HierarchicalModel):
         self.feature_info = []
         for i, (in_dim, dim) in enumerate(zip((stem_dim, *embed_dims), embed_dims)):
             blocks = [
-                VMambaBlock(dim, expand=expand, d_state=d_state, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
+                MixerMlpBlock(dim, SS2D(dim, expand, d_state, **dd), mlp_ratio=mlp_ratio, drop_path=rate, **dd)
                 for rate in dpr[i]]
             stages.append(Stage(Downsample(in_dim, dim, **dd), blocks))
             self.feature_info.append(dict(module=f'stages.{i}', num_chs=dim, reduction=4 * 2 ** i))
@@ -258,17 +218,11 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
     return build_hierarchical(VMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(file: str, **kwargs) -> Dict[str, Any]:
-    return {
-        'url': f'https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/{file}',
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0', 'classifier': 'head',
-        'license': 'mit', 'origin_url': 'https://github.com/MzeroMiko/VMamba',
-        'paper_name': 'VMamba: Visual State Space Model', 'paper_ids': 'arXiv:2401.10166',
-        **kwargs,
-    }
+def _cfg(file: str) -> Dict[str, Any]:
+    return image_cfg(
+        url=f'https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/{file}',
+        license='mit', origin_url='https://github.com/MzeroMiko/VMamba',
+        paper_name='VMamba: Visual State Space Model', paper_ids='arXiv:2401.10166')
 
 
 default_cfgs = generate_default_cfgs({
