@@ -142,6 +142,14 @@ def test_orders_of_frames():
     assert len(set(shuffled)) > 5 and all(sorted(s) == list(range(7)) for s in shuffled)
 
 
+def test_arguments_of_training_make_the_sampler():
+    args = dict(num_frames=8, clip_sampling='dense', sampling_rate=2, clip_duration=None, sampling_compat='released')
+    assert FrameSampler.from_args(args) == FrameSampler(8, 'dense', 2, released=True)
+    corrected = dict(args, sampling_compat='corrected', clip_duration=3.)
+    assert FrameSampler.from_args(corrected) == FrameSampler(8, 'dense', 2, clip_duration=3.)
+    assert FrameSampler.from_args(dict(num_frames=8)) == FrameSampler(8, 'sparse')
+
+
 @pytest.mark.parametrize('kwargs, name', (
     (dict(method='dens'), 'method'),
     (dict(num_frames=0), 'num_frames'),

@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from timm_ssm.data import decode
+from timm_ssm.data import FrameSampler, decode
 from timm_ssm.hub.classify import class_names, classify, load_model
 from timm_ssm.hub.convert import convert
 from timm_ssm.training import train, validate
@@ -63,7 +63,8 @@ def trained(videos, tmp_path_factory):
     """A checkpoint."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        folder = run(videos, tmp_path_factory.mktemp('trained'), '--epochs', 1, '--clip-sampling', 'dense')
+        folder = run(videos, tmp_path_factory.mktemp('trained'), '--epochs', 1, '--clip-sampling', 'dense',
+                     '--sampling-rate', 2)
     return folder / 'last.pth.tar'
 
 
@@ -162,9 +163,27 @@ def test_validation_goes_by_how_the_checkpoint_was_trained(videos, trained, tmp_
     assert converted.patch_embed.num_frames == 4 and class_names(converted) == ['a', 'b']
 
 
+def test_a_converted_checkpoint_says_how_its_clips_were_sampled(videos, trained, tmp_path, monkeypatch):
+    convert(trained, tmp_path / 'dense')
+    sampling = json.loads((tmp_path / 'dense/config.json').read_text())['clip_args']
+    assert sampling == dict(num_frames=4, clip_sampling='dense', sampling_rate=2, sampling_compat='corrected')
+    model = f'local-dir:{tmp_path}/dense'
+    expected, found = measure(videos, '--checkpoint', trained), measure(videos, '--model', model)
+    assert {k: found[k] for k in expected if k not in ('model', 'checkpoint')} == {
+        k: expected[k] for k in expected if k not in ('model', 'checkpoint')}
+    paths = [str(path) for path in sorted((videos / 'validation').rglob('*.mp4'))]
+    assert list(classify(load_model(model), paths)) == list(classify(load_model(str(trained)), paths))
+    assert measure(videos, '--model', model, '--clip-sampling', 'ssv2')['clip_sampling'] == 'ssv2'
+
+    samplers, from_args = [], FrameSampler.from_args
+    monkeypatch.setattr(FrameSampler, 'from_args', lambda args: samplers.append(from_args(args)) or samplers[-1])
+    train.main([str(videos), '--model', model, '--pretrained', *PLAIN, '--epochs', '1', '--output', str(tmp_path)])
+    assert {(sampler.method, sampler.rate) for sampler in samplers} == {('dense', 2)}
+
+
 def test_views_are_averaged_after_softmax(videos, trained, tmp_path):
     """Against the model run by hand on each view."""
-    from timm_ssm.data import EvalTransform, FrameSampler, Video
+    from timm_ssm.data import EvalTransform, Video
 
     measure(videos, '--checkpoint', trained, '--test-num-segment', 2, '--test-num-crop', 3, '--clip-sampling', 'sparse',
             '--scores-file', tmp_path / 'a.npz')
@@ -274,6 +293,18 @@ def test_lists_with_names_of_classes(videos, tmp_path):
     assert np.load(tmp_path / 's.npz')['labels'].tolist() == [1]
 
 
+def test_lists_with_root_class_map_and_windows(videos, trained, tmp_path):
+    (tmp_path / 'val.txt').write_text('b/0.mp4,b,0.48\na/1.mp4,A,0.48\n')
+    (tmp_path / 'names.txt').write_text('b\na\n')
+    flags = ['--checkpoint', trained, '--split', 'val', '--dataset', 'video-list', '--clip-sampling', 'sparse',
+             '--video-root', videos / 'validation', '--class-map', tmp_path / 'names.txt', '--scores-file']
+    measure(tmp_path, *flags, tmp_path / 'whole.npz')
+    measure(tmp_path, *flags, tmp_path / 'windows.npz', '--clip-windows', '0.2', '0.1')
+    with np.load(tmp_path / 'whole.npz') as whole, np.load(tmp_path / 'windows.npz') as windows:
+        assert whole['labels'].tolist() == windows['labels'].tolist() == [0, 1]
+        assert np.abs(whole['scores'] - windows['scores']).max() > 1e-6  # a mean over windows
+
+
 def test_folders_get_the_classes_of_the_released_head(videos, tmp_path):
     """Kinetics' order, not that of the alphabet."""
     for old, new in (('a', 'riding_a_bike'), ('b', 'Abseiling')):
@@ -302,6 +333,9 @@ def test_flips_are_off_where_classes_tell_left_from_right(videos, tmp_path, capl
     assert not any('No horizontal flips' in r.getMessage() for r in caplog.records)
     run(videos, tmp_path / 'c', '--epochs', 1, '--no-hflip')
     assert any('No horizontal flips: --no-hflip' in r.getMessage() for r in caplog.records)
+    caplog.clear()
+    run(videos, tmp_path / 'd', '--epochs', 1, '--clip-sampling', 'ssv2')
+    assert any('No horizontal flips: classes tell left from right' in r.getMessage() for r in caplog.records)
 
 
 def test_log_shows_how_long_the_loop_waits_for_data(videos, tmp_path, caplog, monkeypatch):

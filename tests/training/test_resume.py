@@ -212,12 +212,12 @@ class TestOptimizer:
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), half.state_dict().values()))
 
 
-class TestDamage:
+@pytest.fixture(scope='module')
+def finished(digits, tmp_path_factory):
+    return run(digits, tmp_path_factory.mktemp('finished'), '--epochs', 3, '--opt', 'adamw', '--lr', '0.01')
 
-    @pytest.fixture(scope='class')
-    def finished(self, digits, tmp_path_factory):
-        output = tmp_path_factory.mktemp('damage')
-        return run(digits, output, '--epochs', 3, '--opt', 'adamw', '--lr', '0.01')
+
+class TestDamage:
 
     @pytest.mark.parametrize('damage', ['empty', 'flipped', 'zeroed', 'truncated'])
     def test_falls_back_to_what_is_intact(self, digits, tmp_path, finished, caplog, damage):

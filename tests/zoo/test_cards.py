@@ -38,6 +38,15 @@ def test_config():
     assert not {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'} & set(cfg)
 
 
+def test_config_says_how_clips_are_sampled():
+    for tag, method in (('k400', 'sparse'), ('ssv2', 'ssv2')):
+        name = f'videomamba_tiny_patch16_f8_224.{tag}'
+        config = cards.model_config(name, registry.meta_model(name))
+        assert config['clip_args'] == dict(num_frames=8, clip_sampling=method)
+    # of weights of other origin nothing is known
+    assert 'clip_args' not in cards.model_config(name.partition('.')[0], registry.meta_model(name))
+
+
 def test_config_of_an_adapted_model():
     args = dict(num_classes=7, in_chans=1, img_size=96)
     name = 'videomamba_tiny_patch16_224'

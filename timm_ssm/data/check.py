@@ -33,19 +33,10 @@ def _corner(frame: torch.Tensor) -> torch.Tensor:
     return frame[:, :1, :1].clone()  # nothing else of the frame is kept
 
 
-def check_videos(reader: ClipReader, workers: int = 0, progress: bool = True) -> List[str]:
-    """Decode every frame of every video.
-
-    Args:
-        reader: The videos.
-        workers: Processes that decode.
-        progress: Show a bar on a terminal.
-
-    Returns:
-        For each row what is wrong with it, '' for nothing.
-    """
+def check_videos(reader: ClipReader, workers: int = 0) -> List[str]:
+    """Decode every frame of every video: for each row what is wrong with it, '' for nothing."""
     loader = DataLoader(_Reasons(reader), batch_size=None, num_workers=workers)
-    return list(tqdm(loader, unit='video', disable=None if progress else True, leave=False))
+    return list(tqdm(loader, unit='video', disable=None, leave=False))
 
 
 def write_lists(reader: ClipReader, reasons: Sequence[str], good: str, bad: str) -> None:

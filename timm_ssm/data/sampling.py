@@ -97,12 +97,7 @@ class FrameSampler:
             return zeros if self.method == 'ssv2' else np.concatenate([zeros[:F - n], np.arange(n)])
         return np.array([a * i + rng.randint(0, a - 1) for i in range(F)])
 
-    def val(
-            self,
-            n: int,
-            times: Optional[np.ndarray] = None,
-            window: Optional[Tuple[int, int]] = None,
-    ) -> np.ndarray:
+    def val(self, n: int, times: Optional[np.ndarray] = None, window: Optional[Tuple[int, int]] = None) -> np.ndarray:
         """The clip to validate on: arguments and result as of `train`."""
         F = self.num_frames
         if self.method == 'sparse':
@@ -175,11 +170,6 @@ class FrameSampler:
         """What is shown `start` seconds after the first frame, and then F times in clip_duration."""
         wanted = times[0] + start + self.clip_duration / self.num_frames * np.arange(self.num_frames)
         return np.maximum(np.searchsorted(times, wanted + 1e-6, side='right') - 1, 0)
-
-
-def method_of_tag(tag: Optional[str]) -> str:
-    """How the clips of a pretrained tag, as 'k400' or 'ssv2_mask_ft', were sampled in its training."""
-    return 'ssv2' if tag and tag.startswith('ssv2') else 'sparse'
 
 
 def _spread(spare: float, clips: int) -> List[float]:

@@ -55,20 +55,15 @@ def score_views(
     return found
 
 
-def average_views(
-        keys: Sequence[Any],
-        views: Sequence[int],
-        scores: np.ndarray,
-) -> Tuple[List[Any], np.ndarray]:
-    """Mean scores of the views that have a key in common; of a view that is there twice, only the first counts.
+def average_views(keys: Sequence[Any], views: Sequence[int], scores: np.ndarray) -> Tuple[List[Any], np.ndarray]:
+    """Keys, in the order in which they come first, and mean scores (keys, classes) of the views that have each.
+
+    Of a view that is there twice under a key, only the first counts.
 
     Args:
         keys: What each view belongs to.
-        views: Number of each.
+        views: Number of each within that.
         scores: Of each (M, classes).
-
-    Returns:
-        The keys and their scores (keys, classes), in the order in which they came first.
     """
     first: Dict[Tuple[Any, int], int] = {}
     for i, view in enumerate(zip(keys, views)):

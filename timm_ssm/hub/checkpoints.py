@@ -1,4 +1,5 @@
 """Finding checkpoints of any origin, telling which model they are of, and rebuilding it."""
+import json
 import math
 import re
 from pathlib import Path
@@ -6,9 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg, is_model, model_entrypoint
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint, parse_model_name
 from torch import nn
 from tqdm import tqdm
 
@@ -173,15 +174,12 @@ def image_size(name: str, kwargs: Dict[str, Any], state_dict: StateDict) -> Dict
 
 
 def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) -> Tuple[Comparison, str]:
-    """The model that a checkpoint is of.
+    """The model that a checkpoint is of, complete, and in words how certain that is.
 
     Args:
         checkpoint: What the file holds.
         source: Where it is from.
         model: Its architecture, if that is known.
-
-    Returns:
-        The model, complete, and in words how certain that is.
 
     Raises:
         ValueError: It is of none of this package's models, not of `model`, or of several alike; with a short table of
@@ -233,6 +231,22 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
     raise ValueError(f'{source.origin} fits {others} alike; say which it is with --model')
 
 
+def create_model(name: str, **kwargs) -> nn.Module:
+    """timm's function of this name, which takes from a config.json how clips were sampled, too."""
+    model = timm.create_model(name, **kwargs)
+    source, where = parse_model_name(name)
+    if source == 'local-dir':
+        path = Path(where, 'config.json')
+    elif source == 'hf-hub':  # where timm has just put it
+        repo_id, _, revision = where.partition('@')
+        path = try_to_load_from_cache(repo_id, 'config.json', kwargs.get('cache_dir'), revision or None)
+    else:
+        return model
+    if sampling := json.loads(Path(path).read_text(encoding='utf-8')).get('clip_args'):
+        model.pretrained_cfg['clip_args'] = sampling
+    return model
+
+
 def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn.Module:
     """The model that a training script saved, with its weights; its pretrained_cfg describes its images and classes.
 
@@ -266,7 +280,7 @@ def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
         args['input_size'] = (model.in_chans, *to_2tuple(img_size))
     settings = timm.data.resolve_data_config(args, model=model)
     if args.get('clip_sampling'):
-        settings['clip_args'] = {key: args.get(key) for key in SAMPLING_ARGS}
+        settings['clip_args'] = {key: args.get(key) for key in (*SAMPLING_ARGS, 'clip_windows')}
     classes = checkpoint.path.parent / 'classes.txt' if checkpoint.path else None
     if classes and classes.exists():
         settings['label_names'] = read_lines(classes)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import CustomDatasetInfo, ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
@@ -18,11 +17,10 @@ import timm_ssm  # noqa: F401  registers the models
 from ..data import ClipError, EvalTransform, FrameSampler, Video
 from ..data.decode import check_decoder
 from ..data.readers import VIDEO_SUFFIXES
-from ..data.sampling import method_of_tag
 from ..models._checkpoints import read_checkpoint
 from ..zoo.datasets import tag_class_names
-from ..zoo.registry import num_frames
-from .checkpoints import rebuild
+from ..zoo.registry import clip_args, num_frames
+from .checkpoints import create_model, rebuild
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
@@ -36,7 +34,7 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
     if path.is_file():
         model = rebuild(read_checkpoint(path))
     else:
-        model = timm.create_model(f'local-dir:{path}' if path.is_dir() else name, pretrained=True)
+        model = create_model(f'local-dir:{path}' if path.is_dir() else name, pretrained=True)
     return model.eval().to(device)
 
 
@@ -125,21 +123,14 @@ def create_opener(model: nn.Module) -> Callable[[str], torch.Tensor]:
         transform, mode = create_transform(**config), 'L' if config['input_size'][0] == 1 else 'RGB'
         return lambda source: transform(open_image(source, mode))
     check_decoder('pyav')
-    cfg = model.pretrained_cfg
-    sampler = FrameSampler.from_args(
-        cfg.get('clip_args') or dict(num_frames=num_frames(model), clip_sampling=method_of_tag(cfg.get('tag'))))
+    sampler = FrameSampler.from_args(clip_args(model))
     transform = EvalTransform(config['input_size'][-1], crop_pct=config['crop_pct'])
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1, 1) for name in ('mean', 'std'))
     return lambda source: (open_clip(source, sampler, transform) / 255 - mean) / std
 
 
 @torch.inference_mode()
-def classify(
-        model: nn.Module,
-        sources: List[str],
-        topk: int = 5,
-        batch_size: int = 16,
-) -> Iterator[Tuple[str, Any]]:
+def classify(model: nn.Module, sources: List[str], topk: int = 5, batch_size: int = 16) -> Iterator[Tuple[str, Any]]:
     """The likeliest classes of each image or video.
 
     Args:

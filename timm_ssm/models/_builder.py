@@ -1,6 +1,5 @@
 """timm's model builder with integrity checks: weights come verified, and errors say which file they are about."""
-from functools import partial
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg as timm_build_model_with_cfg
@@ -10,7 +9,7 @@ from torch import nn
 from ._checkpoints import FLOATS, StateDict, explain
 from ._fetch import fetch_weights
 
-__all__ = ['build_isotropic', 'build_model_with_cfg', 'image_cfg']
+__all__ = ['build_model_with_cfg', 'image_cfg']
 
 
 def image_cfg(**kwargs) -> Dict[str, Any]:
@@ -28,7 +27,9 @@ def build_model_with_cfg(
         model_cls: Callable[..., nn.Module],
         variant: str,
         pretrained: bool,
-        pretrained_filter_fn: Callable[[StateDict, nn.Module], StateDict],
+        filter_fn: Callable[..., StateDict],
+        filter_args: Sequence[str] = (),
+        out_indices: Union[int, Sequence[int]] = 3,
         **kwargs,
 ) -> nn.Module:
     """timm's function of this name, which is given a pretrained model with its weights.
@@ -36,11 +37,21 @@ def build_model_with_cfg(
     The weights are fetched, verified and read once, by this package alone; timm adapts and loads what was read. Before
     anything is downloaded the constructor has seen the arguments.
 
+    Args:
+        model_cls: Class of the model.
+        variant: Its registered name.
+        pretrained: Load weights.
+        filter_fn: Fits a checkpoint to the model.
+        filter_args: Names of keyword arguments that are for filter_fn and not for the model.
+        out_indices: With features_only, the blocks or stages to return features of; the last n if an int.
+
     Raises:
         RuntimeError: The weights cannot be fetched: one line that names the model, the file and the reason. Errors
             that name the file by themselves (a missing file, repository or permission) pass unchanged.
         ValueError: They are damaged or of another model.
     """
+    filter_kwargs = {name: kwargs.pop(name) for name in filter_args if name in kwargs}
+
     def build_with_weights(**model_kwargs) -> nn.Module:
         model = model_cls(**model_kwargs)
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -54,7 +65,7 @@ def build_model_with_cfg(
         try:
             load_pretrained(
                 model,
-                dict(model.pretrained_cfg, source='', state_dict=pretrained_filter_fn(weights, model)),
+                dict(model.pretrained_cfg, source='', state_dict=filter_fn(weights, model, **filter_kwargs)),
                 num_classes=0 if kwargs.get('features_only') else model.num_classes,
                 in_chans=model.in_chans,
             )
@@ -63,38 +74,15 @@ def build_model_with_cfg(
             raise error(f'{variant}: cannot load {origin}: {explain(e)}') from e
         return model
 
-    model = timm_build_model_with_cfg(build_with_weights if pretrained else model_cls, variant, False, **kwargs)
-    model.register_load_state_dict_pre_hook(_refuse_other_types)
-    return model
-
-
-def build_isotropic(
-        model_cls,
-        variant: str,
-        pretrained: bool,
-        filter_fn: Callable,
-        filter_args: Sequence[str] = (),
-        **kwargs,
-) -> nn.Module:
-    """`build_model_with_cfg` for models whose features are those of single blocks, the last three by default.
-
-    Args:
-        model_cls: Class of the model.
-        variant: Its registered name.
-        pretrained: Load weights.
-        filter_fn: Fits a checkpoint to the model.
-        filter_args: Names of keyword arguments that are for filter_fn and not for the model.
-    """
-    out_indices = kwargs.pop('out_indices', 3)
-    filter_kwargs = {name: kwargs.pop(name) for name in filter_args if name in kwargs}
-    return build_model_with_cfg(
-        model_cls,
+    model = timm_build_model_with_cfg(
+        build_with_weights if pretrained else model_cls,
         variant,
-        pretrained,
-        pretrained_filter_fn=partial(filter_fn, **filter_kwargs),
+        False,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    model.register_load_state_dict_pre_hook(_refuse_other_types)
+    return model
 
 
 def _refuse_other_types(

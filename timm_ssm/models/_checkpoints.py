@@ -208,16 +208,13 @@ def refuse_mismatch(
         adaptable: Sequence[str] = (),
         strict: bool = False,
 ) -> StateDict:
-    """Refuse a checkpoint of another model, in one line instead of a list of all its parameters.
+    """Return state_dict, or refuse that of another model, in one line instead of a list of all its parameters.
 
     Args:
         state_dict: Parameters under the model's names.
         model: Model they are meant for.
         adaptable: Prefixes of parameters whose shapes the loader adapts later (classifier, input convolution).
         strict: Refuse it for any parameter that is missing or that the model does not have, too.
-
-    Returns:
-        state_dict.
 
     Raises:
         CheckpointMismatch: Most of the model's parameters are not in state_dict, or one of them has another shape or is

@@ -51,7 +51,10 @@ class Stage(nn.Module):
 
 
 class MixerMlpBlock(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on maps (B, H, W, dim) or tokens (B, L, dim)."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on maps (B, H, W, dim) or tokens (B, L, dim).
+
+    Both branches have a layer scale, unless its initial value is None, and stochastic depth.
+    """
 
     def __init__(
             self,
@@ -63,14 +66,6 @@ class MixerMlpBlock(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Channels.
-            mixer: Module that keeps the shape.
-            mlp_ratio: Hidden width of the MLP over dim.
-            ls_init_value: Initial layer scale; None for no layer scale.
-            drop_path: Stochastic depth.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
@@ -91,8 +86,8 @@ class MixerMlpBlock(nn.Module):
 class HierarchicalModel(nn.Module):
     """Base of models made of a stem, stages that take and return maps (B, C, H, W), a final norm, pooling and a head.
 
-    A subclass sets in_chans, num_features, feature_info, stem, stages, norm and head_drop, and calls `set_head` and
-    `init_weights`. A stage has downsample, blocks and grad_checkpointing.
+    A subclass sets in_chans, num_features, feature_info, stem, stages, norm and head_drop, and calls `reset_classifier`
+    and `init_weights`. A stage has downsample, blocks and grad_checkpointing.
     """
 
     @torch.jit.ignore
@@ -149,8 +144,14 @@ class HierarchicalModel(nn.Module):
         """The classifier head."""
         return self.head
 
-    def set_head(self, num_classes: int, global_pool: Optional[str]) -> None:
-        """Make the head and the pooling, which None keeps, even if it is '': timm sets a head before a pooling."""
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one.
+
+        Args:
+            num_classes: Classes; 0 for no head.
+            global_pool: Pooling as in the constructor; None to keep the current one, even if it is '': timm sets a head
+                before a pooling.
+        """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         else:
@@ -159,18 +160,9 @@ class HierarchicalModel(nn.Module):
         self.num_classes = num_classes
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, device=like.device, dtype=like.dtype)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head by a new one.
-
-        Args:
-            num_classes: Classes; 0 for no head.
-            global_pool: Pooling as in the constructor; None to keep the current one.
-        """
-        self.set_head(num_classes, global_pool)
         self.global_pool.train(self.training)
         self.head.train(self.training)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -296,13 +288,9 @@ def build_hierarchical(
         filter_fn: Callable[[StateDict, nn.Module], StateDict],
         **kwargs,
 ) -> nn.Module:
-    """`build_model_with_cfg` for models whose features are those of their stages, all of them by default.
+    """`build_model_with_cfg` with the features of all stages by default.
 
-    Args:
-        model_cls: Class of the model.
-        variant: Its registered name.
-        pretrained: Load weights.
-        filter_fn: Fits a checkpoint to the model. The final norm and the head, which a detector's has not, stay new.
+    The final norm and the head, which a detector's checkpoint has not, stay the model's own.
     """
     def fit(state_dict: StateDict, model: nn.Module) -> StateDict:
         fitted = filter_fn(state_dict, model)
@@ -313,12 +301,5 @@ def build_hierarchical(
     if 'img_size' in kwargs and 'img_size' not in inspect.signature(model_cls).parameters:
         raise TypeError(
             f'img_size: got {kwargs["img_size"]}, but {model_cls.__name__} takes images of any size: leave it out')
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    kwargs.setdefault('out_indices', (0, 1, 2, 3))
+    return build_model_with_cfg(model_cls, variant, pretrained, fit, **kwargs)

@@ -110,11 +110,8 @@ class IsotropicMamba(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        _check_pool(global_pool)
         check_weight_init(weight_init)
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.has_class_token = True
@@ -158,7 +155,7 @@ class IsotropicMamba(nn.Module):
             dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, eps=1e-5, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
 
         if weight_init != 'skip' and not self.cls_token.is_meta:  # there it would do nothing, and take most of the time
             self.init_weights(needs_reset=False)
@@ -213,7 +210,8 @@ class IsotropicMamba(nn.Module):
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
         if global_pool is not None:
-            _check_pool(global_pool)
+            if global_pool not in ('', 'token', 'avg', 'max', 'avgmax'):
+                raise ValueError(f"global_pool: got {global_pool!r}, needs '', 'token', 'avg', 'max' or 'avgmax'")
             self.global_pool = global_pool
         self.num_classes = num_classes
         dd = {'device': self.cls_token.device, 'dtype': self.cls_token.dtype}
@@ -245,12 +243,7 @@ class IsotropicMamba(nn.Module):
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
-    def _resample_pos_embed(
-            self,
-            pos_embed: torch.Tensor,
-            new_size: List[int],
-            old_size: List[int],
-    ) -> torch.Tensor:
+    def _resample_pos_embed(self, pos_embed: torch.Tensor, new_size: List[int], old_size: List[int]) -> torch.Tensor:
         """The position embedding for another grid of patches."""
         return resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=1)
 
@@ -383,11 +376,6 @@ class IsotropicMamba(nn.Module):
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in ('', 'token', 'avg', 'max', 'avgmax'):
-        raise ValueError(f"global_pool: got {global_pool!r}, needs '', 'token', 'avg', 'max' or 'avgmax'")
 
 
 def check_weight_init(weight_init: str) -> None:

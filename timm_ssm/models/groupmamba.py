@@ -165,13 +165,6 @@ class GroupMambaBlock(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Channels.
-            mlp_ratio: Hidden width of the MLP over dim.
-            attn_group: As in GroupMambaLayer.
-            drop_path: Stochastic depth.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.mixer = GroupMambaLayer(dim, attn_group=attn_group, **dd)
@@ -247,11 +240,7 @@ class GroupMamba(HierarchicalModel):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        _check_pool(global_pool)
-        check_head(num_classes, global_pool)
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
         self.distillation = distillation
         self.distilled_training = False
 
@@ -283,18 +272,12 @@ class GroupMamba(HierarchicalModel):
             self.feature_info.append(dict(module=f'stages.{i}', num_chs=dim, reduction=4 * 2 ** i))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dim
+        self.num_features = dim
         self.pooled_block = PooledBlock(dim, mlp_ratios[-1], **dd)
         self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head, self.head_dist = self._heads(**dd)
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
-
-    def _heads(self, **dd) -> Tuple[nn.Module, Optional[nn.Module]]:
-        def head() -> nn.Module:
-            return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
-
-        return head(), head() if self.distillation else None
 
     def init_module(self, module: nn.Module, name: str) -> None:
         """As `HierarchicalModel.init_module`."""
@@ -327,16 +310,22 @@ class GroupMamba(HierarchicalModel):
             global_pool: Pooling as in the constructor; None to keep the current one.
         """
         if global_pool is not None:
-            _check_pool(global_pool)
+            if global_pool not in ('', 'avg'):
+                raise ValueError(f"global_pool: got {global_pool!r}, needs 'avg' or ''")
             check_head(num_classes, global_pool)
             self.global_pool = global_pool
         weight = self.stem[0].weight
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features
-        self.head, self.head_dist = self._heads(device=weight.device, dtype=weight.dtype)
-        self.head.train(self.training)
-        if self.head_dist is not None:
-            self.head_dist.train(self.training)
+
+        def head() -> nn.Module:
+            if num_classes <= 0:
+                return nn.Identity()
+            head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            return head.train(self.training)
+
+        self.head = head()
+        self.head_dist = head() if self.distillation else None
 
     def prune_intermediate_layers(
             self,
@@ -372,11 +361,6 @@ class GroupMamba(HierarchicalModel):
             return x, x_dist
         else:
             return (x + x_dist) / 2
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in ('', 'avg'):
-        raise ValueError(f"global_pool: got {global_pool!r}, needs 'avg' or ''")
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GroupMamba) -> Dict[str, torch.Tensor]:

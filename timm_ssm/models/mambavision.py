@@ -242,7 +242,7 @@ class MambaVision(HierarchicalModel):
         self.num_features = dim
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.set_head(num_classes, global_pool)
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
 
     def _stage_windows(self, window_size: Optional[Union[int, Sequence[Size2]]]) -> Tuple[Tuple[int, int], ...]:

@@ -123,13 +123,6 @@ class SpatialMambaBlock(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Channels.
-            expand: As in SpatialMambaMixer.
-            mlp_ratio: Hidden width of the MLP over dim.
-            drop_path: Stochastic depth.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -246,7 +239,7 @@ class SpatialMamba(HierarchicalModel):
         self.num_features = dim
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.set_head(num_classes, global_pool)
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
 
     def init_module(self, module: nn.Module, name: str) -> None:

@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import BiMamba, RmsNorm
-from ._builder import build_isotropic
+from ._builder import build_model_with_cfg
 from ._isotropic import IsotropicMamba, checkpoint_filter_fn, clip_cfg, isotropic_cfg
 
 __all__ = ['StableMamba']
@@ -104,7 +104,7 @@ class StableMamba(IsotropicMamba):
 
 
 def _create_stablemamba(variant: str, pretrained: bool = False, **kwargs) -> StableMamba:
-    return build_isotropic(StableMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
+    return build_model_with_cfg(StableMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 _PAPER = dict(

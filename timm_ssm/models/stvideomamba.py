@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..layers import BiMamba, LayerNorm, ScanInputs, scan
 from ..ops import causal_conv1d
-from ._builder import build_isotropic
+from ._builder import build_model_with_cfg
 from ._checkpoints import CheckpointMismatch, StateDict, refuse_mismatch, unwrap_state_dict
 from ._isotropic import (
     IsotropicMamba,
@@ -143,12 +143,7 @@ class STVideoMamba(IsotropicMamba):
         if weight_init != 'skip' and not self.cls_token.is_meta:
             self.init_weights(needs_reset=False)
 
-    def _resample_pos_embed(
-            self,
-            pos_embed: torch.Tensor,
-            new_size: List[int],
-            old_size: List[int],
-    ) -> torch.Tensor:
+    def _resample_pos_embed(self, pos_embed: torch.Tensor, new_size: List[int], old_size: List[int]) -> torch.Tensor:
         # frames become channels: each is resampled by itself
         C = pos_embed.shape[2]
         patches = pos_embed[:, 1:].reshape(1, self.frames, -1, C).transpose(1, 2).flatten(2)
@@ -282,7 +277,7 @@ def checkpoint_filter_fn(
 
 
 def _create_stvideomamba(variant: str, pretrained: bool = False, **kwargs) -> STVideoMamba:
-    return build_isotropic(
+    return build_model_with_cfg(
         STVideoMamba, variant, pretrained, checkpoint_filter_fn, ('pos_embed_init', 'image_source'), **kwargs)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Dict
 
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
-from ._builder import build_isotropic
+from ._builder import build_model_with_cfg
 from ._datasets import DATASETS
 from ._isotropic import IsotropicMamba, checkpoint_filter_fn, clip_cfg, isotropic_cfg
 
@@ -23,7 +23,7 @@ class VideoMamba(IsotropicMamba):
 
 
 def _create_videomamba(variant: str, pretrained: bool = False, **kwargs) -> VideoMamba:
-    return build_isotropic(VideoMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
+    return build_model_with_cfg(VideoMamba, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 _RELEASE = dict(

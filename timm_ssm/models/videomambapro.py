@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 
 from ..layers import BiMamba, ScanInputs, state_decay
 from ..ops import bidirectional_causal_conv1d
-from ._builder import build_isotropic
+from ._builder import build_model_with_cfg
 from ._checkpoints import CheckpointMismatch, StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock, clip_cfg, isotropic_cfg
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
@@ -150,7 +150,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VideoMambaPro, inflation:
 
 
 def _create_videomambapro(variant: str, pretrained: bool = False, **kwargs) -> VideoMambaPro:
-    return build_isotropic(VideoMambaPro, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
+    return build_model_with_cfg(VideoMambaPro, variant, pretrained, checkpoint_filter_fn, ('inflation',), **kwargs)
 
 
 _PAPER = dict(

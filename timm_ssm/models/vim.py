@@ -16,7 +16,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ..layers import BiMamba, scan
-from ._builder import build_isotropic
+from ._builder import build_model_with_cfg
 from ._checkpoints import StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock, class_token_first, isotropic_cfg
 from ._isotropic import checkpoint_filter_fn as isotropic_filter_fn
@@ -60,7 +60,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs) -> Vim:
-    return build_isotropic(Vim, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_model_with_cfg(Vim, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

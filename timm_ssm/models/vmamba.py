@@ -148,7 +148,7 @@ class VMamba(HierarchicalModel):
         self.num_features = dim
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.set_head(num_classes, global_pool)
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
 
     def init_module(self, module: nn.Module, name: str) -> None:

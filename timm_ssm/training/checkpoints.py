@@ -36,12 +36,8 @@ class Checkpoints:
     """The checkpoints of a run, under timm's names: last, model_best, the best few epochs, milestones, one recovery.
 
     timm's CheckpointSaver deletes a file before it moves the next one there. Here each file appears with one atomic
-    rename: a kill or a full disk at any moment leaves whole files, and at least what there was before.
-
-    Args:
-        folder: Folder of the run.
-        max_history: Number of epochs to keep.
-        decreasing: A lower metric is better.
+    rename: a kill or a full disk at any moment leaves whole files, and at least what there was before. The metric that
+    ranks epochs may be `decreasing`: better where it is lower.
     """
 
     def __init__(self, folder: str, max_history: int, decreasing: bool):

@@ -3,10 +3,12 @@ import argparse
 import logging
 import os
 import sys
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple
+from operator import itemgetter
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from ..data import (
     ClipLoader,
@@ -17,22 +19,17 @@ from ..data import (
     TrainClips,
     create_clip_reader,
     create_train_transform,
-    score_videos,
-    score_views,
 )
 from ..data.decode import DECODERS, check_decoder
 from ..data.loader import ClipDataset
 from ..data.readers import plain_name
-from ..data.sampling import FRAME_ORDERS, METHODS, SAMPLING_ARGS, method_of_tag
+from ..data.sampling import FRAME_ORDERS, METHODS
 from ..data.transforms import RESIZES
-from ..data.views import VideoScores
 from ..zoo.datasets import tag_class_names
-from ..zoo.registry import num_frames
+from ..zoo.registry import clip_args, num_frames
 
 _logger = logging.getLogger(__name__)
 
-# what validation takes from the training of a checkpoint, unless it is given
-TRAINED_WITH = (*SAMPLING_ARGS, 'clip_windows')
 # what images have and clips do not
 ONLY_IMAGES = dict(
     model_dtype=None, aug_splits=0, input_img_mode=None, crop_mode=None, crop_border_pixels=None, no_prefetcher=False,
@@ -46,7 +43,7 @@ def add_clip_flags(parser: argparse.ArgumentParser, training: bool) -> None:
         'Videos', 'For models that take clips, and --dataset video, video-folder, video-list, video-wds or '
         'video-hfds/NAME.').add_argument
     add('--num-frames', type=int, metavar='N', help="frames of a clip (default: the model's)")
-    add('--clip-sampling', choices=METHODS, help="how frames are picked (default: the tag's way, else sparse)")
+    add('--clip-sampling', choices=METHODS, help="how frames are picked (default: as for the model's weights)")
     add('--sampling-rate', type=int, metavar='N', help='distance of the frames of dense clips (default: 4)')
     add('--clip-duration', type=float, metavar='S', help='seconds of a dense clip, in place of --sampling-rate')
     add('--sampling-compat', choices=('corrected', 'released'),
@@ -86,10 +83,13 @@ def resolve_clips(args: argparse.Namespace, model: nn.Module) -> bool:
         sys.exit(f'{", ".join(given)}: for images only, not for videos')
     if args.num_frames not in (None, frames):
         sys.exit(f'--num-frames {args.num_frames}: {args.model} takes {frames}')
+    trained = clip_args(model)
     args.num_frames = frames
-    args.clip_sampling = args.clip_sampling or method_of_tag(model.pretrained_cfg.get('tag'))
+    args.clip_sampling = args.clip_sampling or trained.get('clip_sampling') or 'sparse'
+    if args.clip_sampling.startswith('dense') and args.sampling_rate is None and args.clip_duration is None:
+        args.sampling_rate, args.clip_duration = trained.get('sampling_rate'), trained.get('clip_duration')
     args.sampling_rate = args.sampling_rate or 4
-    args.sampling_compat = args.sampling_compat or 'corrected'
+    args.sampling_compat = args.sampling_compat or trained.get('sampling_compat') or 'corrected'
     try:
         check_decoder(args.video_decoder)
     except ValueError as e:
@@ -175,7 +175,8 @@ def create_train_clips(args: argparse.Namespace, reader: ClipReader, data_config
         _logger.info('No horizontal flips: ' + (
             '--no-hflip' if args.no_hflip else 'classes tell left from right (--hflip 0 says so too)'))
     if args.no_aug:
-        transform = _OneView(EvalTransform(size[0], None, data_config['crop_pct'], args.clip_resize))
+        transform = v2.Compose([
+            EvalTransform(size[0], None, data_config['crop_pct'], args.clip_resize), itemgetter(0)])  # the one view
     else:
         transform = create_train_transform(
             size,
@@ -194,16 +195,6 @@ def create_train_clips(args: argparse.Namespace, reader: ClipReader, data_config
         )
     return TrainClips(
         reader, FrameSampler.from_args(vars(args)), transform, size, windows_of(args), args.num_sample, args.seed)
-
-
-class _OneView:
-    """The one view of an EvalTransform, for training without augmentation."""
-
-    def __init__(self, transform: EvalTransform):
-        self.transform = transform
-
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
-        return self.transform(clip)[0]
 
 
 def create_clip_loaders(
@@ -234,19 +225,3 @@ def check_classes(reader: ClipReader, num_classes: int) -> None:
     label = max(max(reader.labels), max(reader.class_to_idx.values(), default=0))
     if label >= num_classes:
         sys.exit(f'--num-classes {num_classes}: {reader} has {label + 1} classes')
-
-
-def evaluate_clips(
-        model: nn.Module,
-        batches: Iterable,
-        reader: ClipReader,
-        device: torch.device,
-        autocast: Callable,
-        batch_size: Optional[int] = None,
-        distributed: bool = False,
-        by_name: bool = False,
-) -> VideoScores:
-    """Scores of videos, each counted once; arguments as of `score_views` and `score_videos`."""
-    found = score_views(model, batches, device, autocast, batch_size, distributed)
-    return score_videos(found, reader, by_name)
-

@@ -50,11 +50,9 @@ def resolve_data(args: argparse.Namespace, model: nn.Module, **kwargs) -> Dict[s
 
 
 class Images(ImageDataset):
-    """timm's dataset of images, but an error names the file, and evaluation puts no other image in its place.
+    """timm's dataset of images, but errors name the file.
 
-    Args:
-        dataset: timm's.
-        is_training: Skip images that cannot be read, with a warning, up to `MAX_SKIPPED` in a row.
+    Training skips what cannot be read, with a warning, up to `MAX_SKIPPED` in a row; evaluation never does.
     """
 
     MAX_SKIPPED = 10
@@ -82,11 +80,7 @@ class Images(ImageDataset):
 
 
 def open_dataset(args: argparse.Namespace, split: str, in_chans: int, is_training: bool = False, **kwargs) -> Dataset:
-    """timm's dataset of a split.
-
-    Raises:
-        UsageError: There is no such dataset, or nothing in it.
-    """
+    """timm's dataset of a split; a UsageError where there is none, or nothing in it."""
     with errors_of('--dataset', args.dataset) if args.dataset else errors_of('DATA', args.data_dir):
         dataset = create_dataset(
             args.dataset,
@@ -132,13 +126,7 @@ class TrainBatches:
 
     What is drawn for the images of a batch, by the step on it and by loading processes, depends on seed, process, epoch
     and batch only. So there is no state to save: resuming within an epoch means to load, and drop, the batches before.
-
-    Args:
-        loader: Yields inputs and targets.
-        args: Its seed, rank, channels_last, model_dtype and mixup_off_epoch are used.
-        device: Where the batches go.
-        mixup_fn: Mixes batches, if anything does.
-        mix_in_loader: It is part of the loader, as its collate function.
+    With `mix_in_loader` the loader mixes, as its collate function, and here mixup is switched off in time only.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ def evaluate(
         num_samples: Optional[int] = None,
         distributed: bool = False,
 ) -> Dict[str, float]:
-    """Mean cross-entropy and accuracy of a model.
+    """Mean cross-entropy `loss`, and `top1` and `top5` in percent; with fewer than 5 classes top5 is 100.
 
     Args:
         model: Returns logits (batch, num_classes); left in eval mode.
@@ -27,9 +27,6 @@ def evaluate(
         num_samples: Images to count. A distributed sampler pads the share of each process with images of others; they
             run through the model, to keep the processes in step, but do not count.
         distributed: Sum over the processes of the default group.
-
-    Returns:
-        `loss`, and `top1` and `top5` in percent; with fewer than 5 classes top5 is 100.
     """
     model.eval()
     model_dtype = next(model.parameters()).dtype

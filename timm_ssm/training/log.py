@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, TextIO
 
 from timm import utils
 from tqdm import tqdm
@@ -79,33 +79,18 @@ class EpochLog:
             _logger.info(f'Epoch {self.epoch} [{done:>4d}/{self.num_batches}]  {text}  {speed}  {waiting}')
 
 
-class Summary:
-    """summary.csv, a row for each epoch; rows of epochs that a resumed run is going to repeat are dropped."""
-
-    def __init__(self, path: str, start_epoch: int):
-        self.path = path
-        self.rows: List[Dict[str, Any]] = []
-        if start_epoch and os.path.exists(path):
-            with open(path, newline='') as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row['epoch']) < start_epoch]
-
-    def add(self, row: Dict[str, Any]) -> None:
-        self.rows.append(row)
-        with atomic_write(self.path, 'w', newline='') as f:
-            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in self.rows for key in r)))
-            writer.writeheader()
-            writer.writerows(self.rows)
+def write_rows(file: TextIO, rows: List[Dict[str, Any]]) -> None:
+    """Write a table as CSV, with all the columns that any row has."""
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 class RunLog:
     """The record of a run: args.yaml, classes.txt, a row for each epoch in summary.csv and to Weights & Biases.
 
-    Args:
-        args: Arguments of the run.
-        folder: Folder of the run; made if need be.
-        start_epoch: Epoch that the run starts or goes on with.
-        args_text: The arguments as the user gave them, for another run.
-        class_to_idx: Names of classes, if they have any.
+    `args_text` are the arguments as the user gave them. Rows from `start_epoch` on, which a resumed run is going to
+    repeat, are dropped.
     """
 
     def __init__(
@@ -122,7 +107,11 @@ class RunLog:
         if class_to_idx:
             with atomic_write(os.path.join(folder, 'classes.txt'), 'w') as f:
                 f.write('\n'.join(sorted(class_to_idx, key=class_to_idx.get)) + '\n')
-        self.summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
+        self.summary = os.path.join(folder, 'summary.csv')
+        self.rows: List[Dict[str, Any]] = []
+        if start_epoch and os.path.exists(self.summary):
+            with open(self.summary, newline='') as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row['epoch']) < start_epoch]
         self.wandb = None
         if args.log_wandb:
             import wandb
@@ -132,7 +121,9 @@ class RunLog:
             self.wandb = wandb
 
     def add(self, row: Dict[str, Any]) -> None:
-        self.summary.add(row)
+        self.rows.append(row)
+        with atomic_write(self.summary, 'w', newline='') as f:
+            write_rows(f, self.rows)
         if self.wandb is not None:
             self.wandb.log(row)
         _logger.info('  '.join(f'{k} {v:.6g}' for k, v in row.items()))

@@ -36,15 +36,7 @@ class NotFinite(Exception):
 
 
 class Trainer:
-    """The training loop, and all the state that it changes.
-
-    Args:
-        args: Arguments of the run.
-        task: Model and loss.
-        optimizer: Of the task's parameters.
-        scheduler: timm's schedule, or None.
-        batches: What to train on.
-    """
+    """The training loop, and all the state that it changes; the scheduler may be None."""
 
     def __init__(
             self,
@@ -74,15 +66,9 @@ class Trainer:
         return progress.epoch * self.batches.num_updates + math.ceil(progress.batch / self.args.grad_accum_steps)
 
     def train_epoch(self, start: Progress, stop: StopSignal, save_recovery: Callable[[Progress], None]) -> Progress:
-        """Train to the end of an epoch.
+        """Train from a position to the end of its epoch, which is returned.
 
-        Args:
-            start: Where in the epoch to start.
-            stop: Asks to end before.
-            save_recovery: Called every `--recovery-interval` updates and when asked to end.
-
-        Returns:
-            The end of the epoch.
+        A recovery is saved every `--recovery-interval` updates, and before ending where `stop` asks for that.
 
         Raises:
             NotFinite: A loss is infinite or not a number.

@@ -7,9 +7,10 @@ from typing import Any, Dict
 
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, get_pretrained_cfg, is_model, parse_model_name
+from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from torch import nn
 
+from ..hub.checkpoints import create_model
 from ..models._checkpoints import Checkpoint, CheckpointError, frames_in_name, load_weights, read_checkpoint
 from .arguments import errors_of
 from .sizes import check_model
@@ -55,12 +56,7 @@ def to_channels_last(model: nn.Module) -> None:
 
 
 def load_initial(model: nn.Module, source: str) -> None:
-    """Load weights into a finished model, those for images into one for clips too.
-
-    Args:
-        model: The model.
-        source: A checkpoint, a pretrained tag, or 'hf-hub:owner/name'.
-    """
+    """Load a checkpoint, pretrained tag or 'hf-hub:owner/name' into a finished model; that of images into clips too."""
     with errors_of('--initial-checkpoint', source):
         if os.path.exists(source):
             checkpoint = read_checkpoint(source)
@@ -75,12 +71,7 @@ def load_initial(model: nn.Module, source: str) -> None:
 
 
 def build_model(args: argparse.Namespace, device: torch.device, load_weights: bool = True) -> nn.Module:
-    """The model to train, on the device.
-
-    Args:
-        args: Arguments of training; `num_classes` is set to the model's.
-        device: Where to put it.
-        load_weights: Start from the weights asked for; a resumed run has its own.
+    """The model to train, with the weights asked for unless a resumed run has its own; sets `args.num_classes`.
 
     Raises:
         UsageError: There is no such model, or not with these arguments or weights.

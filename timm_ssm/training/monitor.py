@@ -132,16 +132,7 @@ class Monitor:
         self.before = {}
 
     def record(self, epoch: int, update: int, loss: float, lr: float, input: torch.Tensor, autocast: Callable) -> None:
-        """Write the row of a step.
-
-        Args:
-            epoch: Epoch.
-            update: Number of the step, from 1.
-            loss: Its loss.
-            lr: Its learning rate.
-            input: Its batch, or the last one of it.
-            autocast: Makes the context that the model runs in.
-        """
+        """Write the row of optimiser step number `update`, from 1; `input` is its last batch."""
         with gathered(self.model):
             self.probe(input[:1], autocast)
         row = dict(epoch=epoch, update=update, loss=loss, loss_score=self.score, lr=lr, **self.row)

@@ -79,11 +79,7 @@ def count_samples(args: argparse.Namespace, model: nn.Module, channels: int) -> 
 
 
 def learning_rates(
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        updates: int,
-        num_epochs: int,
-) -> Iterator[float]:
+        optimizer: torch.optim.Optimizer, scheduler: Any, updates: int, num_epochs: int) -> Iterator[float]:
     """The highest learning rate of any group, at the beginning of each epoch."""
     for epoch in range(num_epochs):
         if scheduler is not None and epoch:

@@ -190,12 +190,8 @@ class StopSignal:
 
 
 def leave_signals_to_parent(loader: Any) -> None:
-    """Make loading processes ignore signals that go to every process, so that the one they load for can end its step.
-
-    Args:
-        loader: A DataLoader, or what has one as its `loader`.
-    """
-    loader = getattr(loader, 'loader', loader)
+    """Make loading processes ignore signals that go to every process, so that what they load for can end its step."""
+    loader = getattr(loader, 'loader', loader)  # timm's prefetcher and ClipLoader have a DataLoader in them
     loader.worker_init_fn = partial(init_loading_process, init=loader.worker_init_fn)
 
 

@@ -56,11 +56,8 @@ class TeacherTokens(nn.Module):
     """A teacher whose features are all its final tokens, at the positions of a student's.
 
     Images or clips are resized to the teacher's size, and its tokens, but for the class token, resampled to the
-    student's grid, where these differ.
-
-    Args:
-        teacher: Model of tokens, as ViT, Vim or VideoMamba.
-        student: Model of tokens with as many class tokens and frames.
+    student's grid, where these differ. Both are models of tokens, as ViT, Vim or VideoMamba, with as many class tokens
+    and frames.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module):
@@ -111,12 +108,7 @@ class TokenAlignmentTask(FeatureDistillationTask):
     """VideoMamba's self-distillation: a frozen, smaller model of the family teaches a larger one its final tokens.
 
     The loss is that of the labels plus the mean over all tokens of 2 - 2 cos(student's, teacher's), the student's after
-    an RMSNorm and a linear layer to the teacher's width.
-
-    Args:
-        student_model: Model to train.
-        teacher_model: Model, or the name of one to load with its pretrained weights.
-        kwargs: As of FeatureDistillationTask.
+    an RMSNorm and a linear layer to the teacher's width. Arguments are those of FeatureDistillationTask.
     """
 
     def __init__(self, student_model: nn.Module, teacher_model: Union[str, nn.Module], **kwargs: Any):

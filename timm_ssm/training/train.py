@@ -15,10 +15,10 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
-from ..data import ClipError, ClipLoader, TooManyBadClips
+from ..data import ClipError, ClipLoader, TooManyBadClips, score_videos, score_views
 from .arguments import UsageError, errors_of, parse_args
 from .checkpoints import Checkpoints
-from .clips import evaluate_clips, resolve_clips
+from .clips import resolve_clips
 from .data import Data, create_data, resolve_data, seed_all
 from .evaluation import evaluate
 from .log import RunLog, show_progress
@@ -185,9 +185,10 @@ def validate(
         batches = show_progress(
             stop.cut(data.eval), len(data.eval), 'Validation', args.log_interval, 'clips' if clips else 'img')
         if clips:
-            metrics = evaluate_clips(
-                model, batches, data.eval.dataset.reader, trainer.task.device, trainer.autocast,
-                args.validation_batch_size or args.batch_size, args.distributed).metrics()
+            views = score_views(
+                model, batches, trainer.task.device, trainer.autocast, args.validation_batch_size or args.batch_size,
+                args.distributed)
+            metrics = score_videos(views, data.eval.dataset.reader).metrics()
             return {name: metrics[name] for name in ('loss', 'top1', 'top5', 'missing')}
         return evaluate(
             model, batches, trainer.task.device, trainer.autocast, args.channels_last, data.eval_samples,

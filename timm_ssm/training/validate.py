@@ -1,6 +1,5 @@
 """Validation of models on images or videos, with the flags of timm's validate.py."""
 import argparse
-import csv
 import glob
 import json
 import logging
@@ -12,13 +11,15 @@ import torch
 from timm import utils
 from timm.data import create_loader
 from timm.layers import set_fast_norm
-from timm.models import create_model, is_model, list_models, parse_model_name
+from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
-from ..hub.checkpoints import rebuild
+from ..data import score_videos, score_views
+from ..hub.checkpoints import create_model, rebuild
 from ..models._checkpoints import read_checkpoint
+from ..zoo.registry import clip_args
 from .arguments import (
     ParseKwargs,
     UsageError,
@@ -32,18 +33,16 @@ from .arguments import (
     resolve_device,
 )
 from .clips import (
-    TRAINED_WITH,
     add_clip_flags,
     check_classes,
     create_eval_loader,
     create_reader,
-    evaluate_clips,
     known_classes,
     resolve_clips,
 )
 from .data import channels_last, open_dataset, resolve_data
 from .evaluation import evaluate
-from .log import setup_logging, show_progress
+from .log import setup_logging, show_progress, write_rows
 from .model import resolve_input, to_channels_last
 from .optim import create_autocast
 
@@ -65,16 +64,15 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-    group = parser.add_argument_group('Dataset')
-    add = group.add_argument
+    add = parser.add_argument_group('Dataset').add_argument
     add('data', nargs='?', metavar='DATA', help='dataset folder or tar file (also as --data-dir)')
     add('--data-dir', metavar='DIR', help='dataset folder or tar file')
     add_dataset_flags(add)
     add('--split', default='validation', metavar='NAME', help='dataset split')
     add('--num-samples', type=int, metavar='N', help='number of images, for iterable datasets that do not know it')
 
-    group = parser.add_argument_group('Model', 'What is not given is taken from the checkpoint, then from the model.')
-    add = group.add_argument
+    add = parser.add_argument_group(
+        'Model', 'What is not given is taken from the checkpoint, then from the model.').add_argument
     add('--model', '-m', nargs='+', metavar='NAME', help='model names, wildcards, or a text file with a name a line')
     add('--pretrained', action='store_true', help='load the released weights (the default without --checkpoint)')
     add('--checkpoint', default='', metavar='PATH', help='a checkpoint, or a folder of checkpoints')
@@ -91,8 +89,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
 
     add_clip_flags(parser, training=False)
 
-    group = parser.add_argument_group('Running')
-    add = group.add_argument
+    add = parser.add_argument_group('Running').add_argument
     add('-b', '--batch-size', type=at_least(1), default=256, metavar='N',
         help='batch size; halved while memory runs out')
     add('-j', '--workers', type=at_least(0), default=4, metavar='N', help='data loading processes')
@@ -134,7 +131,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
     if checkpoint is not None and args.model == checkpoint.arch:  # images as in training
         if args.img_size is None and args.input_size is None:
             args.input_size, args.img_size = checkpoint.args.get('input_size'), checkpoint.args.get('img_size')
-        for key in ('in_chans', 'crop_pct', 'mean', 'std', 'interpolation', *TRAINED_WITH):
+        for key in ('in_chans', 'crop_pct', 'mean', 'std', 'interpolation'):
             if getattr(args, key) is None:
                 setattr(args, key, checkpoint.args.get(key))
     device = torch.device(args.device)
@@ -159,6 +156,8 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
 
     if resolve_clips(args, model):
+        if args.clip_sampling == 'sparse':
+            args.clip_windows = args.clip_windows or clip_args(model).get('clip_windows')
         return validate_clips(args, model, param_count, data_config, device)
     dataset = open_dataset(args, args.split, data_config['input_size'][0], num_samples=args.num_samples)
     loader = create_loader(
@@ -227,11 +226,9 @@ def validate_clips(
     batches = show_progress(loader, len(loader), args.model, args.log_freq, 'clips')
     if args.channels_last:
         batches = ((channels_last(input), tags) for input, tags in batches)
-    videos = evaluate_clips(
-        model, batches, reader, device, create_autocast(args), args.batch_size, args.distributed,
-        args.merge_by == 'name')
+    views = score_views(model, batches, device, create_autocast(args), args.batch_size, args.distributed)
+    videos = score_videos(views, reader, by_name=args.merge_by == 'name')
     metrics = videos.metrics()
-    views = loader.dataset.num_views
     if args.primary:
         if args.scores_file:
             videos.save(args.scores_file)
@@ -246,7 +243,7 @@ def validate_clips(
         args, param_count, data_config, metrics,
         num_frames=args.num_frames,
         clip_sampling=args.clip_sampling,
-        views=views,
+        views=loader.dataset.num_views,
         top1_view=round(sum(metrics['view_top1']) / len(metrics['view_top1']), 4),
         top5_view=round(sum(metrics['view_top5']) / len(metrics['view_top5']), 4),
         videos=metrics['videos'],
@@ -309,9 +306,7 @@ def write_results(path: str, results: List[Dict[str, Any]], format: str) -> None
         if format == 'json':
             json.dump(results, f, indent=4)
         else:
-            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in results for key in r)))
-            writer.writeheader()
-            writer.writerows(results)
+            write_rows(f, results)
 
 
 def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[Dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .datasets import DATASETS, tag_class_names, trained_on
 from .published import CITATIONS, PUBLISHED
-from .registry import counted, meta_model, num_frames
+from .registry import clip_args, counted, meta_model, num_frames
 
 # licences under names of the Hub's own; any other is `other` with a name there
 _HUB_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0')
@@ -37,6 +37,7 @@ def model_config(
     """
     model_args, cfg = dict(model_args or {}), dict(model.pretrained_cfg)
     label_names = label_names or cfg.pop('label_names', None) or tag_class_names(name.partition('.')[2])
+    sampling = clip_args(model) if 'clip_args' in cfg or (num_frames(model) > 1 and '.' in name) else {}
     for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'clip_args'):
         cfg.pop(key, None)
     if '.' not in name:  # these describe the tag's weights, not the ones at hand
@@ -56,6 +57,8 @@ def model_config(
         global_pool=getattr(model.global_pool, 'pool_type', model.global_pool),  # a module, or its name
         pretrained_cfg=cfg,
     )
+    if sampling:  # here, as timm refuses unknown keys of a pretrained_cfg
+        config['clip_args'] = {key: value for key, value in sampling.items() if value is not None}
     if label_names:
         config['label_names'] = list(label_names)
     if model_args:  # without num_classes, which transformers' TimmWrapper passes by itself
@@ -69,13 +72,7 @@ def to_json(config: Dict[str, Any]) -> str:
 
 
 def card(name: str, config: Dict[str, Any], model: nn.Module) -> str:
-    """The model card.
-
-    Args:
-        name: Pretrained tag, or model for weights of other origin.
-        config: Content of config.json.
-        model: The model, with or without values.
-    """
+    """The model card: name and model as of `model_config`, which gave the config."""
     cfg, (architecture, _, tag) = config['pretrained_cfg'], name.partition('.')
     published = PUBLISHED.get(name)
     datasets, paper_id = [DATASETS[d].name for d in trained_on(tag)], cfg['paper_ids'].removeprefix('arXiv:')

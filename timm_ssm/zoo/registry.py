@@ -15,6 +15,7 @@ from torch import nn
 import timm_ssm  # noqa: F401  registers the models
 
 from ..models._checkpoints import frames_in_name
+from .datasets import trained_on
 from .published import PUBLISHED, Published
 
 
@@ -52,6 +53,16 @@ def meta_model(name: str, **kwargs) -> nn.Module:
 def num_frames(model: nn.Module) -> int:
     """Frames of the clips that a model takes; 1 for images."""
     return getattr(getattr(model, 'patch_embed', None), 'num_frames', 1)
+
+
+def clip_args(model: nn.Module) -> Dict[str, Any]:
+    """How the clips that a model was trained on were sampled, as arguments of train.py.
+
+    They are those in its pretrained_cfg, from a checkpoint of training or a config.json, or else its tag's.
+    """
+    cfg = model.pretrained_cfg
+    ssv2 = trained_on(cfg.get('tag') or '')[-1:] == ['ssv2']
+    return cfg.get('clip_args') or dict(num_frames=num_frames(model), clip_sampling='ssv2' if ssv2 else 'sparse')
 
 
 def input_shape(name: str) -> Tuple[int, ...]:
