@@ -50,7 +50,7 @@ class ClipDataset(Dataset):
             reader: ClipReader,
             sampler: FrameSampler,
             transform: Callable,
-            windows: Optional[Tuple[float, float]] = None,
+            windows: Optional[Sequence[float]] = None,
     ):
         if windows and sampler.method != 'sparse':
             raise ValueError(f"windows: got {windows} with '{sampler.method}' sampling, needs 'sparse'")
@@ -96,7 +96,7 @@ class TrainClips(ClipDataset):
             sampler: FrameSampler,
             transform: Callable,
             size: Tuple[int, int],
-            windows: Optional[Tuple[float, float]] = None,
+            windows: Optional[Sequence[float]] = None,
             num_sample: int = 1,
             seed: int = 0,
     ):
@@ -147,7 +147,7 @@ class EvalClips(ClipDataset):
             reader: ClipReader,
             sampler: FrameSampler,
             transform: EvalTransform,
-            windows: Optional[Tuple[float, float]] = None,
+            windows: Optional[Sequence[float]] = None,
             clips: Optional[int] = None,
             frame_order: str = 'sequential',
     ):

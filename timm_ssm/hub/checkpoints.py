@@ -243,7 +243,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
     else:
         return model
     if sampling := json.loads(Path(path).read_text(encoding='utf-8')).get('clip_args'):
-        model.pretrained_cfg['clip_args'] = sampling
+        model.clip_args = sampling
     return model
 
 
@@ -269,7 +269,7 @@ def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn
 
 
 def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Record in a model's pretrained_cfg how its training script prepared images or clips and called the classes.
+    """Record in a model how its training script prepared images, sampled clips and called the classes.
 
     The names of the classes are in the file classes.txt that the script leaves beside its checkpoints.
     """
@@ -280,7 +280,7 @@ def apply_training_settings(model: nn.Module, checkpoint: Checkpoint) -> None:
         args['input_size'] = (model.in_chans, *to_2tuple(img_size))
     settings = timm.data.resolve_data_config(args, model=model)
     if args.get('clip_sampling'):
-        settings['clip_args'] = {key: args.get(key) for key in (*SAMPLING_ARGS, 'clip_windows')}
+        model.clip_args = {key: args.get(key) for key in (*SAMPLING_ARGS, 'clip_windows')}
     classes = checkpoint.path.parent / 'classes.txt' if checkpoint.path else None
     if classes and classes.exists():
         settings['label_names'] = read_lines(classes)

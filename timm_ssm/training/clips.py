@@ -1,7 +1,6 @@
 """Training and evaluation on videos: the flags for it, loaders, and metrics."""
 import argparse
 import logging
-import os
 import sys
 from operator import itemgetter
 from typing import Any, Dict, Optional, Tuple
@@ -98,39 +97,17 @@ def resolve_clips(args: argparse.Namespace, model: nn.Module) -> bool:
 
 
 def create_reader(args: argparse.Namespace, split: str, class_map: Any = None) -> ClipReader:
-    """The videos of a split."""
+    """The videos of a split; `--class-map` wins over the class map that is known otherwise."""
     return create_clip_reader(
-        args.dataset, args.data_dir, split, class_map or args.class_map or None, args.video_root, args.frame_name,
+        args.dataset, args.data_dir, split, args.class_map or class_map or None, args.video_root, args.frame_name,
         args.input_key, args.target_key, args.video_decoder, args.frame_index)
 
 
-def known_classes(args: argparse.Namespace, model: nn.Module) -> Any:
+def known_classes(args: argparse.Namespace, model: nn.Module) -> Optional[Dict[str, int]]:
     """A class map that goes with the head of a model to evaluate, None if nothing is known of it."""
-    if args.class_map:
-        return None
-    if args.checkpoint:
-        trained = os.path.join(os.path.dirname(args.checkpoint), 'classes.txt')
-        return trained if os.path.exists(trained) else None
-    cfg = model.pretrained_cfg
-    names = cfg.get('label_names') or tag_class_names(cfg.get('tag') or '') or ()
+    cfg, tag = model.pretrained_cfg, '' if args.checkpoint else model.pretrained_cfg.get('tag') or ''
+    names = cfg.get('label_names') or tag_class_names(tag) or ()
     return {name: i for i, name in enumerate(names)} if len(names) == model.num_classes else None
-
-
-def create_eval_clips(args: argparse.Namespace, reader: ClipReader, data_config: Dict[str, Any]) -> EvalClips:
-    """The views to evaluate on: the ones of a test if their number is given, else one of each video."""
-    channels, height, width = data_config['input_size']
-    if channels != 3 or height != width:
-        raise ValueError(f'input_size: got {data_config["input_size"]}, videos need three channels and a square')
-    clips, crops = args.test_num_segment, args.test_num_crop
-    if clips or crops:
-        clips, crops = clips or 1, crops or 1
-    transform = EvalTransform(height, crops, data_config['crop_pct'], args.clip_resize)
-    order = getattr(args, 'frame_order', 'sequential')
-    return EvalClips(reader, FrameSampler.from_args(vars(args)), transform, windows_of(args), clips, order)
-
-
-def windows_of(args: argparse.Namespace) -> Optional[Tuple[float, float]]:
-    return tuple(args.clip_windows) if args.clip_windows else None
 
 
 def create_loader(
@@ -154,8 +131,19 @@ def create_eval_loader(
         device: torch.device,
         batch_size: int,
 ) -> ClipLoader:
-    """The loader of views, about `batch_size` of them in a batch, but all of a video."""
-    dataset = create_eval_clips(args, reader, data_config)
+    """The loader of views, about `batch_size` of them in a batch, but all of a video.
+
+    They are the views of a test if their number is given, else one of each video.
+    """
+    channels, height, width = data_config['input_size']
+    if channels != 3 or height != width:
+        raise ValueError(f'input_size: got {data_config["input_size"]}, videos need three channels and a square')
+    clips, crops = args.test_num_segment, args.test_num_crop
+    if clips or crops:
+        clips, crops = clips or 1, crops or 1
+    transform = EvalTransform(height, crops, data_config['crop_pct'], args.clip_resize)
+    order = getattr(args, 'frame_order', 'sequential')
+    dataset = EvalClips(reader, FrameSampler.from_args(vars(args)), transform, args.clip_windows, clips, order)
     return create_loader(args, dataset, max(1, batch_size // dataset.num_views), data_config, device)
 
 
@@ -194,7 +182,7 @@ def create_train_clips(args: argparse.Namespace, reader: ClipReader, data_config
             vflip=args.vflip,
         )
     return TrainClips(
-        reader, FrameSampler.from_args(vars(args)), transform, size, windows_of(args), args.num_sample, args.seed)
+        reader, FrameSampler.from_args(vars(args)), transform, size, args.clip_windows, args.num_sample, args.seed)
 
 
 def create_clip_loaders(

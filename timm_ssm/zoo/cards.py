@@ -37,8 +37,7 @@ def model_config(
     """
     model_args, cfg = dict(model_args or {}), dict(model.pretrained_cfg)
     label_names = label_names or cfg.pop('label_names', None) or tag_class_names(name.partition('.')[2])
-    sampling = clip_args(model) if 'clip_args' in cfg or (num_frames(model) > 1 and '.' in name) else {}
-    for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'clip_args'):
+    for key in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture'):
         cfg.pop(key, None)
     if '.' not in name:  # these describe the tag's weights, not the ones at hand
         for key in ('tag', 'origin_url', 'license', 'notes', 'description'):
@@ -57,8 +56,9 @@ def model_config(
         global_pool=getattr(model.global_pool, 'pool_type', model.global_pool),  # a module, or its name
         pretrained_cfg=cfg,
     )
-    if sampling:  # here, as timm refuses unknown keys of a pretrained_cfg
-        config['clip_args'] = {key: value for key, value in sampling.items() if value is not None}
+    if hasattr(model, 'clip_args') or ('.' in name and num_frames(model) > 1):
+        # not in the pretrained_cfg, where timm knows all keys
+        config['clip_args'] = {key: value for key, value in clip_args(model).items() if value is not None}
     if label_names:
         config['label_names'] = list(label_names)
     if model_args:  # without num_classes, which transformers' TimmWrapper passes by itself

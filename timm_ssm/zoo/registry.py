@@ -58,11 +58,11 @@ def num_frames(model: nn.Module) -> int:
 def clip_args(model: nn.Module) -> Dict[str, Any]:
     """How the clips that a model was trained on were sampled, as arguments of train.py.
 
-    They are those in its pretrained_cfg, from a checkpoint of training or a config.json, or else its tag's.
+    They are its attribute of this name, from a checkpoint of training or a config.json, or else its tag's.
     """
-    cfg = model.pretrained_cfg
-    ssv2 = trained_on(cfg.get('tag') or '')[-1:] == ['ssv2']
-    return cfg.get('clip_args') or dict(num_frames=num_frames(model), clip_sampling='ssv2' if ssv2 else 'sparse')
+    ssv2 = trained_on(model.pretrained_cfg.get('tag') or '')[-1:] == ['ssv2']
+    by_tag = dict(num_frames=num_frames(model), clip_sampling='ssv2' if ssv2 else 'sparse')
+    return getattr(model, 'clip_args', by_tag)
 
 
 def input_shape(name: str) -> Tuple[int, ...]:
