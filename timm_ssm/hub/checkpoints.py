@@ -185,24 +185,21 @@ def detect(checkpoint: Checkpoint, source: Source, model: Optional[str] = None) 
         ValueError: It is of none of this package's models, not of `model`, or of several alike; with a short table of
             the names that do not fit.
     """
-    told = [
-        (model, 'as told'),
-        (source.name and source.name.partition('.')[0], (
-            f'certain, {source.origin} is the released file' if '/' in source.origin else
-            f'likely, all names and shapes fit and the released file is called {source.origin} too')),
-        (checkpoint.arch, 'certain, the checkpoint names it'),
-    ]
+    if model and not is_model(model):
+        raise ValueError(f'model: there is no {model}, see `timm-ssm list --all`')
     state_dict = checkpoint.state_dict
-    for name, why in told:
+    for name, why in (
+            (model, 'as told'),
+            (source.name, (
+                f'certain, {source.origin} is the released file' if '/' in source.origin else
+                f'likely, all names and shapes fit and the released file is called {source.origin} too')),
+            (checkpoint.arch, 'certain, the checkpoint names it')):
         if name and is_model(name):
-            name = name.partition('.')[0]
-            found = _compare_with_arguments(name, state_dict, checkpoint.model_args())
+            found = _compare_with_arguments(name.partition('.')[0], state_dict, checkpoint.model_args())
             if found.complete:
                 return found, why
-            if why == 'as told':
-                raise ValueError(f'{source.origin} is not of {name}:\n{_misfits(found)}')
-        elif name and why == 'as told':
-            raise ValueError(f'model: there is no {name}, see `timm-ssm list --all`')
+            if name == model:
+                raise ValueError(f'{source.origin} is not of {found.name}:\n{_misfits(found)}')
 
     # first the families that name their parameters so, by a small model of each, then the models of these
     found = {n: _shared_names(compare(n, arguments(n, state_dict), state_dict)) for n in _representatives()}
