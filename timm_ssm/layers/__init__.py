@@ -6,19 +6,6 @@ from .patch_embed import PatchEmbed, resample_patch_kernel
 from .ssm import CausalConv1d, DtProj, at_least_float32, init_A_log, init_dt, state_decay
 
 __all__ = [
-    'BiMamba',
-    'CausalConv1d',
-    'DtProj',
-    'LayerNorm',
-    'PatchEmbed',
-    'RmsNorm',
-    'ScanInputs',
-    'ScanMixer',
-    'at_least_float32',
-    'init_A_log',
-    'init_dt',
-    'resample_patch_kernel',
-    'scan',
-    'scan_mixers',
-    'state_decay',
+    'BiMamba', 'CausalConv1d', 'DtProj', 'LayerNorm', 'PatchEmbed', 'RmsNorm', 'ScanInputs', 'ScanMixer',
+    'at_least_float32', 'init_A_log', 'init_dt', 'resample_patch_kernel', 'scan', 'scan_mixers', 'state_decay',
 ]

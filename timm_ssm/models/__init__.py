@@ -10,13 +10,6 @@ from .vim import Vim
 from .vmamba import VMamba
 
 __all__ = [
-    'GroupMamba',
-    'MambaVision',
-    'STVideoMamba',
-    'SpatialMamba',
-    'StableMamba',
-    'VMamba',
-    'VideoMamba',
-    'VideoMambaPro',
+    'GroupMamba', 'MambaVision', 'STVideoMamba', 'SpatialMamba', 'StableMamba', 'VMamba', 'VideoMamba', 'VideoMambaPro',
     'Vim',
 ]

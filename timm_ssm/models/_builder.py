@@ -9,8 +9,6 @@ from torch import nn
 from ._checkpoints import FLOATS, StateDict, explain
 from ._fetch import fetch_weights
 
-__all__ = ['build_model_with_cfg', 'image_cfg']
-
 
 def image_cfg(**kwargs) -> Dict[str, Any]:
     """The pretrained cfg of a classifier of ImageNet-1k at 224 pixels, where the arguments do not say otherwise."""

@@ -14,12 +14,6 @@ from torch import nn
 
 from ._integrity import CheckpointError, verify_file
 
-__all__ = [
-    'Checkpoint', 'CheckpointError', 'CheckpointMismatch', 'StateDict', 'UnsupportedModel', 'explain',
-    'load_checkpoint', 'load_weights', 'map_names', 'read_checkpoint', 'read_file', 'refuse_mismatch',
-    'unwrap_state_dict',
-]
-
 StateDict = Dict[str, torch.Tensor]
 
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt')

@@ -1,8 +1,6 @@
 """The datasets of the pretrained tags, by what the tags call them."""
 from typing import Dict, NamedTuple
 
-__all__ = ['DATASETS', 'Dataset']
-
 
 class Dataset(NamedTuple):
     """A dataset and the number of its classes."""

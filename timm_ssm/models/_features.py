@@ -3,8 +3,6 @@ from typing import List, Optional, Tuple, Union
 
 from timm.models._features import feature_take_indices
 
-__all__ = ['take_indices']
-
 
 def take_indices(num_features: int, indices: Optional[Union[int, List[int]]]) -> Tuple[List[int], int]:
     """timm's `feature_take_indices`: the indices wanted and the last of them.

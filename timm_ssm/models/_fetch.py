@@ -11,8 +11,6 @@ from timm.models._hub import download_cached_file
 from ._checkpoints import WEIGHTS_SUFFIXES, CheckpointError, StateDict, read_checkpoint
 from ._integrity import hub_sha256, sha256
 
-__all__ = ['download', 'download_url', 'fetch_weights', 'naming']
-
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Tuple[StateDict, str]:
     """The parameters that a pretrained cfg leads to, and in words where they are from.

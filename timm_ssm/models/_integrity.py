@@ -17,8 +17,6 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-__all__ = ['CheckpointError', 'hub_sha256', 'save_weights', 'sha256', 'verify_file']
-
 
 class CheckpointError(ValueError):
     """A file that weights cannot be taken from; the message names the file and says why."""
