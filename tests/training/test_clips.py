@@ -163,10 +163,12 @@ def test_validation_goes_by_how_the_checkpoint_was_trained(videos, trained, tmp_
     assert converted.patch_embed.num_frames == 4 and class_names(converted) == ['a', 'b']
 
 
-def test_a_converted_checkpoint_says_how_its_clips_were_sampled(videos, trained, tmp_path, monkeypatch):
+def test_a_converted_checkpoint_says_how_its_clips_were_sampled(videos, trained, tmp_path, monkeypatch, hub, cache):
     convert(trained, tmp_path / 'dense')
     sampling = json.loads((tmp_path / 'dense/config.json').read_text())['clip_args']
     assert sampling == dict(num_frames=4, clip_sampling='dense', sampling_rate=2, sampling_compat='corrected')
+    hub.add('me/dense', {path.name: path.read_bytes() for path in (tmp_path / 'dense').iterdir()})
+    assert load_model('hf-hub:me/dense').clip_args == sampling
     model = f'local-dir:{tmp_path}/dense'
     expected, found = measure(videos, '--checkpoint', trained), measure(videos, '--model', model)
     assert {k: found[k] for k in expected if k not in ('model', 'checkpoint')} == {

@@ -277,7 +277,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add = parser.add_argument_group('Running').add_argument
     add('--output', default='./output/train', metavar='DIR', help='folder of runs')
     add('--experiment', default='', metavar='NAME', help='name of the run, its folder in --output')
-    add('--resume', default='', metavar='FILE', help="checkpoint to go on from, or `auto`: the run's latest, if any")
+    add('--resume', default='', metavar='FILE', help="checkpoint to resume from, or `auto`: the run's latest, if any")
     add('--no-resume-opt', action='store_true', help='resume without the state of the optimiser')
     add('--seed', type=at_least(0), default=42, metavar='N', help='random seed')
     add('--worker-seeding', default='all', choices=('all', 'part'), help='seed NumPy in loading processes too, or not')

@@ -54,7 +54,7 @@ class Checkpoints:
         return sorted(glob.glob(f'{glob.escape(self.folder)}/{pattern}.pth.tar'), key=utils.natural_key, reverse=True)
 
     def candidates(self) -> List[str]:
-        """The files to go on from, newest first. A recovery is newer than last: it goes when its epoch is complete."""
+        """The files to resume from, newest first. A recovery is newer than last: it goes when its epoch is complete."""
         return self.find('recovery-*') + self.find('last') + self.find('checkpoint-*')
 
     def latest(self) -> Optional[str]:
