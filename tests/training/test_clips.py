@@ -1,4 +1,5 @@
 """Training and validation on videos, through train.py and validate.py."""
+import argparse
 import csv
 import json
 import os
@@ -17,6 +18,7 @@ from timm_ssm.data import FrameSampler, decode
 from timm_ssm.hub.classify import class_names, classify, load_model
 from timm_ssm.hub.convert import convert
 from timm_ssm.training import train, validate
+from timm_ssm.training.data import resolve_data
 
 from ..data.videos import write_dataset
 from .utils import ROOT, assert_same_run, crash_at_step, initial_weights, load, summary, torchrun
@@ -181,6 +183,12 @@ def test_a_converted_checkpoint_says_how_its_clips_were_sampled(videos, trained,
     monkeypatch.setattr(FrameSampler, 'from_args', lambda args: samplers.append(from_args(args)) or samplers[-1])
     train.main([str(videos), '--model', model, '--pretrained', *PLAIN, '--epochs', '1', '--output', str(tmp_path)])
     assert {(sampler.method, sampler.rate) for sampler in samplers} == {('dense', 2)}
+
+
+def test_a_released_tag_is_validated_at_its_image_size():
+    model = timm.create_model('videomamba_tiny_patch16_f64_384.k400', depth=1, device='meta')
+    config = resolve_data(argparse.Namespace(), model, use_test_size=True)
+    assert config['input_size'] == (3, 384, 384)
 
 
 def test_views_are_averaged_after_softmax(videos, trained, tmp_path):

@@ -41,7 +41,8 @@ def seed_all(*key: int) -> None:
 def resolve_data(args: argparse.Namespace, model: nn.Module, **kwargs) -> Dict[str, Any]:
     """How to prepare images: timm's data config, with a mean and a deviation for each channel that there is."""
     config = resolve_data_config(vars(args), model=model, **kwargs)
-    in_chans = config['input_size'][0]
+    in_chans, *_, height, width = config['input_size']  # the test size of a clip model has its frames in it
+    config['input_size'] = (in_chans, height, width)
     for key in ('mean', 'std'):
         values = config[key]
         config[key] = tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans

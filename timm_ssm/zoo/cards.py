@@ -45,10 +45,13 @@ def model_config(
     num_classes = model_args.pop('num_classes', cfg['num_classes'])
     size = model_args.get('img_size', cfg['input_size'][1:])
     size = (size, size) if isinstance(size, int) else size
-    cfg.update(num_classes=num_classes, input_size=[model_args.get('in_chans', cfg['input_size'][0]), *size])
+    in_chans, frames = model_args.get('in_chans', cfg['input_size'][0]), num_frames(model)
+    cfg.update(num_classes=num_classes, input_size=[in_chans, *size])
+    if 'test_input_size' in cfg:
+        cfg['test_input_size'] = [in_chans, frames, *size] if frames > 1 else cfg['input_size']
     for key in ('mean', 'std'):
-        if len(cfg[key]) != cfg['input_size'][0]:
-            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * cfg['input_size'][0]
+        if len(cfg[key]) != in_chans:
+            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * in_chans
     config = dict(
         architecture=name.partition('.')[0],
         num_classes=num_classes,
@@ -56,7 +59,7 @@ def model_config(
         global_pool=getattr(model.global_pool, 'pool_type', model.global_pool),  # a module, or its name
         pretrained_cfg=cfg,
     )
-    if hasattr(model, 'clip_args') or ('.' in name and num_frames(model) > 1):
+    if hasattr(model, 'clip_args') or ('.' in name and frames > 1):
         # not in the pretrained_cfg, where timm knows all keys
         config['clip_args'] = {key: value for key, value in clip_args(model).items() if value is not None}
     if label_names:
