@@ -247,10 +247,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
 def rebuild(checkpoint: Checkpoint, model: Optional[str] = None, **kwargs) -> nn.Module:
     """The model that a training script saved, with its weights; its pretrained_cfg describes its images and classes.
 
-    Args:
-        checkpoint: What the script wrote.
-        model: Architecture; the one that the checkpoint names if None. The script's arguments are those of that one.
-        kwargs: Constructor arguments that take the place of the script's, if they are not None.
+    Another architecture than the checkpoint names gets none of the script's arguments; kwargs that are not None win.
 
     Raises:
         ValueError: No architecture is known, or the weights are not of it.

@@ -36,9 +36,6 @@ def build_model_with_cfg(
     anything is downloaded the constructor has seen the arguments.
 
     Args:
-        model_cls: Class of the model.
-        variant: Its registered name.
-        pretrained: Load weights.
         filter_fn: Fits a checkpoint to the model.
         filter_args: Names of keyword arguments that are for filter_fn and not for the model.
         out_indices: With features_only, the blocks or stages to return features of; the last n if an int.

@@ -29,12 +29,6 @@ class Stage(nn.Module):
     """Downsampling, blocks and a norm, all but the first with channels last: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, downsample: nn.Module, blocks: List[nn.Module], norm: Optional[nn.Module] = None) -> None:
-        """
-        Args:
-            downsample: Module (B, C, H, W) -> (B, H', W', C').
-            blocks: Modules (B, H', W', C') -> (B, H', W', C').
-            norm: Norm of the channels.
-        """
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)

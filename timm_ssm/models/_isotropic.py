@@ -449,10 +449,6 @@ def adapt_patch_embed(state_dict: StateDict, model: IsotropicMamba, inflation: s
     Returns:
         Whether an image checkpoint has become one of a clip model, whose head is then the model's own: the classes
         of clips are other ones.
-
-    Raises:
-        ValueError: inflation is unknown.
-        CheckpointMismatch: The checkpoint is of clips and the model is not, or is one of other tubelets.
     """
     if inflation not in ('center', 'mean'):
         raise ValueError(f"inflation: got {inflation!r}, needs 'center' or 'mean'")
@@ -495,13 +491,7 @@ def _adapt_pos_embed(state_dict: StateDict, model: IsotropicMamba, released: boo
     The checkpoint's own grid is that of the img_size published with it (in the model_args of its config.json). Without
     one it is a square, unless a checkpoint of ours has as many patches as the model: then it is the model's.
 
-    Args:
-        state_dict: Checkpoint under our names.
-        model: Model to load it into.
-        released: It is one of the authors' files, all of which are of square images.
-
-    Raises:
-        CheckpointMismatch: Its number of patches is no square.
+    `released` files, the authors', are all of square images.
     """
     pos_embed = state_dict['pos_embed']
     patches = pos_embed.shape[1] - 1
@@ -523,11 +513,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: IsotropicMamba, inflation
     """The authors' or our own checkpoint to this model's names, patch size, input size and frame count.
 
     A clip model takes the weights of an image model too: its temporal embedding is then zero and its head new.
-
-    Args:
-        state_dict: Checkpoint.
-        model: Model to load it into.
-        inflation: As in `adapt_patch_embed`.
+    `inflation` is that of `adapt_patch_embed`.
     """
     state_dict = unwrap_state_dict(state_dict)
     out = rename_authors(state_dict)

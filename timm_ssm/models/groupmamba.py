@@ -97,14 +97,12 @@ class MapAttention(nn.Module):
 
 
 class GroupMambaLayer(nn.Module):
-    """Modulated group Mamba layer: four channel groups, each scanned in its direction, and channel affinities."""
+    """Modulated group Mamba layer: four channel groups, each scanned in its direction, and channel affinities.
+
+    The group `attn_group` has self-attention instead of a scan.
+    """
 
     def __init__(self, dim: int, attn_group: Optional[int] = None, device=None, dtype=None) -> None:
-        """
-        Args:
-            dim: Channels, a multiple of 4.
-            attn_group: Group that has self-attention instead of a scan.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if dim % 4:

@@ -38,12 +38,6 @@ class MambaVisionMixer(ScanMixer):
     """Scan one half of the channels, only convolve the other, and mix both."""
 
     def __init__(self, dim: int, d_state: int = 8, d_conv: int = 3, device=None, dtype=None) -> None:
-        """
-        Args:
-            dim: Width of the tokens.
-            d_state: States of a scanned channel.
-            d_conv: Taps of the convolutions.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         inner = dim // 2

@@ -24,7 +24,7 @@ __all__ = ['StableMamba']
 
 
 class StableMambaLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), the mixer a bidirectional Mamba or multi-head self-attention."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), the mixer a bidirectional Mamba or, with num_heads, self-attention."""
 
     def __init__(
             self,
@@ -37,15 +37,6 @@ class StableMambaLayer(nn.Module):
             dtype=None,
             **mixer_kwargs,
     ) -> None:
-        """
-        Args:
-            dim: Width of the tokens.
-            num_heads: Heads of the attention; 0 for a Mamba mixer.
-            mlp_ratio: Hidden width of the MLP over dim.
-            norm_layer: Normalisation.
-            drop_path: Stochastic depth.
-            mixer_kwargs: Arguments of the Mamba mixer.
-        """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm = norm_layer(dim, eps=1e-5, **dd)

@@ -71,11 +71,7 @@ def first_intact(paths: List[str]) -> Optional[str]:
 
 
 def read_training_state(path: str) -> Dict[str, Any]:
-    """A checkpoint of our training, or of timm's train.py.
-
-    Raises:
-        CheckpointError: It is damaged, or no such checkpoint; one line that names the file.
-    """
+    """A checkpoint of our training, or of timm's train.py; a CheckpointError where it is damaged, or no such one."""
     state = read_file(path)
     if 'state_dict' not in state or 'optimizer' not in state:
         raise CheckpointError(f'{path}: no optimiser state in it; to start from weights use --initial-checkpoint')
@@ -99,11 +95,7 @@ def restore(args: argparse.Namespace, trainer: Trainer, point: Optional[ResumePo
 
 
 def restore_state(args: argparse.Namespace, trainer: Trainer, point: ResumePoint) -> Progress:
-    """Load model, optimiser and loss scaler.
-
-    Raises:
-        UsageError: They do not fit, or settings changed that have to stay.
-    """
+    """Load model, optimiser and loss scaler; a UsageError if they do not fit, or settings that must stay changed."""
     path, state = point.path, point.state
     changed = changed_settings(state.get('args') or {}, vars(args))
     report_changes(args, point, changed)

@@ -31,13 +31,7 @@ def list_names(
         pretrained: bool = False,
         include_tags: Optional[bool] = None,
 ) -> List[str]:
-    """Names of this package's models that match one of the shell-style filters.
-
-    Args:
-        filters: Patterns; all names if none.
-        pretrained: Only those with pretrained weights.
-        include_tags: With their tags, each a name of its own; as pretrained if None.
-    """
+    """Names of this package's models, as timm.list_models, that match any of the shell-style filters, if there are."""
     names = [
         n for n in timm.list_models(pretrained=pretrained, include_tags=include_tags)
         if model_entrypoint(n.partition('.')[0]).__module__.startswith('timm_ssm.')]
