@@ -1,6 +1,7 @@
 """The README and the pages of docs/: snippets run, commands and links exist, error texts are those of the code.
 
-docs/video.md, docs/weights.md, docs/adding-a-model.md, docs/kernels.md and docs/export.md have tests of their own.
+docs/video.md, docs/weights.md, docs/adding-a-model.md, docs/kernels.md, docs/backbones.md and docs/export.md have tests
+of their own.
 """
 import argparse
 import contextlib

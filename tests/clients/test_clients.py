@@ -1,7 +1,11 @@
 """Packages that take timm models take these; each test runs where its package is installed (extra `test-clients`)."""
+import functools
+
 import pytest
 import timm
 import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ssm  # noqa: F401  registers the models
 
@@ -86,16 +90,101 @@ def test_mask_rcnn():
     check_step(model, sum(model([torch.rand(3, 90, 125)], [target]).values()))
 
 
-def test_transformers():
-    """TimmWrapper's classification, saved and loaded again, and its backbone."""
+def transformers_model(**kwargs):
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('transformers.models.timm_wrapper')
-    config = transformers.TimmWrapperConfig(
-        architecture='videomamba_tiny_patch16_224', num_labels=3, model_args=dict(ISOTROPIC, depth=1))
-    model = transformers.TimmWrapperForImageClassification(config)
+    return transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(
+        architecture='videomamba_tiny_patch16_224', model_args=dict(ISOTROPIC, depth=1), **kwargs))
+
+
+def test_transformers(tmp_path):
+    """TimmWrapper's classification, and the same from the folder that it saves, by its pipeline."""
+    model = transformers_model(num_labels=3)
     out = model(pixel_values=torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 2]))
     assert out.logits.shape == (2, 3)
     check_step(model, out.loss)
+
+    from transformers import TimmWrapperImageProcessor, pipeline
+    cfg = dict(timm.get_pretrained_cfg('videomamba_tiny_patch16_224').to_dict(), input_size=(3, 64, 64))
+    processor = TimmWrapperImageProcessor(pretrained_cfg=cfg)
+    model.eval().save_pretrained(tmp_path)
+    classify = pipeline('image-classification', model=str(tmp_path), image_processor=processor)
+    image = Image.new('RGB', (90, 70), 'teal')
+    with torch.no_grad():
+        expected = model(**processor(image)).logits.softmax(-1)[0]
+    for answer in classify(image):
+        index = int(answer['label'].removeprefix('LABEL_'))
+        torch.testing.assert_close(answer['score'], float(expected[index]), rtol=1e-4, atol=1e-6)
+
+
+def test_transformers_trainer(tmp_path):
+    """One step changes the projections."""
+    model = transformers_model(num_labels=3)
+    pytest.importorskip('accelerate')
+    from transformers import Trainer, TrainingArguments
+
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    data = [dict(pixel_values=torch.randn(3, 64, 64), labels=i % 3) for i in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, report_to=[],
+        save_strategy='no', use_cpu=True, disable_tqdm=True)
+    assert Trainer(model, arguments, train_dataset=data).train().metrics['train_loss'] > 0
+    assert all(
+        (value != before[name]).any() for name, value in model.named_parameters()
+        if name.endswith(('in_proj.weight', 'out_proj.weight')))
+
+
+def test_transformers_backbone(monkeypatch):
+    """Three maps of a hierarchical model for RT-DETR, on images that are not square."""
+    transformers = pytest.importorskip('transformers')
+    kwargs = HIERARCHICAL['groupmamba_tiny']
+    monkeypatch.setattr(timm, 'create_model', functools.partial(timm.create_model, **kwargs))
+    config = transformers.RTDetrConfig(
+        backbone_config=transformers.TimmBackboneConfig(backbone='groupmamba_tiny', out_indices=[1, 2, 3]),
+        encoder_in_channels=kwargs['embed_dims'][1:], encoder_hidden_dim=32, encoder_ffn_dim=32, d_model=32,
+        decoder_in_channels=(32, 32, 32), decoder_ffn_dim=32, decoder_layers=1, num_queries=10, num_denoising=0,
+        num_labels=2)
+    model = transformers.RTDetrForObjectDetection(config)
+    labels = [dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .2, .3]]))]
+    out = model(pixel_values=torch.rand(1, 3, 96, 160), labels=labels)
+    assert out.pred_boxes.shape == (1, 10, 4)
+    out.loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.backbone.parameters())
+
+
+def test_effdet(monkeypatch):
+    effdet = pytest.importorskip('effdet')
+    small = functools.partial(timm.create_model, **HIERARCHICAL['groupmamba_tiny'])
+    monkeypatch.setattr(effdet.efficientdet, 'create_model', small)
+    config = effdet.get_efficientdet_config('efficientdet_d0')
+    config.update(
+        backbone_name='groupmamba_tiny', backbone_indices=(1, 2, 3), backbone_args={}, image_size=(128, 192),
+        num_classes=2)
+    model = effdet.DetBenchTrain(effdet.EfficientDet(config, pretrained_backbone=False), config)
+    target = dict(bbox=torch.tensor([[[10., 10, 90, 80]]]), cls=torch.tensor([[1.]]))
+    check_step(model, model(torch.rand(1, 3, 128, 192), target)['loss'])
+
+
+@pytest.mark.parametrize('name, kwargs', [('videomamba_tiny_patch16_224', ISOTROPIC), *HIERARCHICAL.items()])
+def test_fastai(name, kwargs):
+    """The model that `vision_learner` makes, with fastai's head."""
+    pytest.importorskip('fastai')
+    from fastai.vision.learner import create_timm_model
+
+    model, cfg = create_timm_model(name, 3, pretrained=False, **kwargs)
+    out = model(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, 3) and cfg['architecture'] == name
+    check_step(model, out.square().mean())
+
+
+def test_open_clip(monkeypatch):
+    open_clip = pytest.importorskip('open_clip')
+    monkeypatch.setattr(timm, 'create_model', functools.partial(timm.create_model, **ISOTROPIC))
+    tower = dict(timm_model_name='videomamba_tiny_patch16_224', timm_pool='', timm_proj='linear', image_size=64)
+    clip = open_clip.CLIP(16, tower, dict(width=32, heads=2, layers=1))
+    image, text, scale = clip(torch.randn(2, 3, 64, 64), torch.randint(9, (2, 77)))
+    assert image.shape == text.shape == (2, 16)
+    check_step(clip.visual, (scale * image @ text.T).square().mean())
 
 
 def test_torchao():
@@ -121,8 +210,17 @@ def test_captum():
     torch.testing.assert_close(ours.sum(), difference, rtol=.05, atol=.01)
 
 
-def test_torchinfo():
+def test_counts():
+    """torchinfo counts all parameters. fvcore, which counts multiplications of matrices and convolutions, counts half
+    of what PyTorch's counter does without the scan, the short convolution included."""
+    model, x = timm.create_model('videomamba_tiny_patch16_224', **ISOTROPIC).eval(), torch.randn(1, 3, 64, 64)
     torchinfo = pytest.importorskip('torchinfo')
-    model = timm.create_model('videomamba_tiny_patch16_224', **ISOTROPIC)
     info = torchinfo.summary(model, (2, 3, 64, 64), verbose=0)
     assert info.total_params == sum(p.numel() for p in model.parameters())
+    nn = pytest.importorskip('fvcore.nn')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    counts = counter.get_flop_counts()['Global']
+    ours = sum(n for op, n in counts.items() if 'selective_scan' not in str(op))
+    theirs = nn.FlopCountAnalysis(model, x).unsupported_ops_warnings(False).by_operator()
+    assert 2 * (theirs['linear'] + theirs['conv']) == ours
