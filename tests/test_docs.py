@@ -17,7 +17,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 
 from timm_ssm import cli
-from timm_ssm.training import train, validate
+from timm_ssm.training import scaling, train, validate
 
 from .hub.utils import released, to_bytes
 
@@ -51,7 +51,7 @@ def serve(hub, code):
         hub.add(repo, files)
 
 
-@pytest.mark.parametrize('page', ['README.md', 'index.md', 'images.md', 'migrating.md'])
+@pytest.mark.parametrize('page', ['README.md', 'index.md', 'images.md', 'analysis.md', 'migrating.md'])
 def test_snippets(page, hub, cache, tmp_path, monkeypatch):
     """Those of a page run one after another, with the weights on the tests' Hub."""
     if 'from peft' in TEXTS[page]:
@@ -80,6 +80,12 @@ def flags_of(main, prog):
     return set().union(*found)
 
 
+def flags_in(parser):
+    """The flags of a parser and of its subcommands."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return set(parser._option_string_actions).union(*(flags_in(p) for a in nested for p in a.choices.values()))
+
+
 def commands(text):
     for block in blocks(text, 'sh'):
         for line in block.replace('\\\n', ' ').split('\n'):
@@ -97,8 +103,9 @@ def test_commands(page, capsys):
     """Scripts, targets, subcommands and flags in shell snippets exist."""
     subcommands = next(a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     makefile = (ROOT / 'Makefile').read_text()
-    known = {name: set(p._option_string_actions) for name, p in subcommands.items()}
-    known['train'], known['validate'] = flags_of(train.main, 'train'), flags_of(validate.main, 'validate')
+    known = {name: flags_in(p) for name, p in subcommands.items()}
+    for name, script in (('train', train), ('validate', validate), ('plan', scaling)):
+        known[name] = flags_of(script.main, name)
     for words in commands(TEXTS[page]):
         name = words[0]
         if name == 'timm-ssm':

@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import sys
-from typing import List, Optional
+from typing import Any, List, Optional
 
 # the work is imported where it is done: help and usage errors need none of it
 
@@ -110,6 +110,13 @@ def _export(args: argparse.Namespace) -> None:
     print(f'run on inputs of {shapes}: outputs equal to {done.difference:.1g} of the largest')
 
 
+def _analyse(args: argparse.Namespace) -> None:
+    from .analysis import command
+
+    for path in command.run(args):
+        print(path)
+
+
 def _plot(args: argparse.Namespace) -> None:
     from .plot import plot
 
@@ -187,6 +194,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--batch-size', type=_positive, metavar='N', help='of all inputs (default: any)')
     p.add_argument('--dynamic-size', action='store_true', help='leave height and width open too')
 
+    p = command('analyse', _analyse, 'look inside models: a picture, a table and the command that made them')
+    analyses = p.add_subparsers(dest='analysis', required=True, metavar='ANALYSIS')
+
+    def analysis(name: str, text: str, source: str, sources: Any = '+', models: Any = '+', **kwargs):
+        p = analyses.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.', **kwargs)
+        p.add_argument('source', nargs=sources, help=source)
+        p.add_argument(
+            '--model', nargs=models, required=True, metavar='NAME',
+            help="pretrained tag, 'hf-hub:owner/name', converted folder, or checkpoint of train"
+                 + ('; several side by side' if models == '+' else ''))
+        p.add_argument('--output', metavar='FILE', help=f'picture to write (default: {name}.png)')
+        p.add_argument('--device', default='cpu', help='device (default: cpu)')
+        return p
+
+    inputs = 'files, folders, URLs: of videos if the model takes clips'
+    analysis('attribution', 'rollout and Grad-CAM over inputs, with deletion and insertion curves', inputs)
+    p = analysis(
+        'attention', 'the hidden attention of tokens of a mixer', 'file or URL: a video if the model takes clips', 1, 1)
+    p.add_argument('--mixer', type=int, default=-1, metavar='N', help='number of the mixer, from 0 (default: the last)')
+    p.add_argument(
+        '--token', type=int, nargs='+', default=[0], metavar='N', help='numbers of tokens, as the mixer gets them')
+    analysis('memory', 'how many tokens the states of scans last', inputs)
+    analysis('delta', 'the step sizes of scans by layer and token', inputs, models=1)
+    p = analysis('field', 'effective receptive fields', 'image files, folders, URLs')
+    p.add_argument('--img-size', type=_positive, nargs='+', metavar='N', help="input sizes (default: the model's)")
+    analysis('frequency', 'how tokens turn when high frequencies are amplified', inputs)
+    p = analysis(
+        'order', 'accuracy on videos whose frames are in other orders', 'folder or list of videos, as of validate',
+        1, epilog='Other flags are those of validate.')
+    p.add_argument(
+        '--order', nargs='+', default=['sequential', 'block-4', 'block-2', 'interleaved', 'reversed', 'shuffled'],
+        metavar='ORDER', help='as of validate --frame-order (default: %(default)s)')
+
     # these parse their own flags, see main
     command('train', None, 'train a model, as train.py does')
     command('validate', None, 'measure the accuracy of models, as validate.py does')
@@ -221,7 +261,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         module = importlib.import_module(f'.training.{own_flags[argv[0]]}', __package__)
         module.main(argv[1:], prog=f'timm-ssm {argv[0]}')
         return 0
-    args = parser().parse_args(argv)
+    root = parser()
+    args, args.rest = root.parse_known_args(argv)
+    if args.rest and getattr(args, 'analysis', None) != 'order':  # which passes them on
+        root.error(f'unrecognized arguments: {" ".join(args.rest)}')
+    args.argv = argv
     try:
         status = args.run(args) or 0
         sys.stdout.flush()

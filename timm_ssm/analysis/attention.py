@@ -17,8 +17,8 @@ from ..layers.mixer import ScanInputs, ScanMixer
 from ..layers.ssm import at_least_float32
 from ..models.spatialmamba import SpatialMambaMixer
 
-#: Numbers of (tokens, channels, states) to hold at once: a few tensors of them, which should stay in a cache.
-MAX_NUMBERS = 2 ** 18
+#: Numbers of (tokens, channels, states) to hold at once, in a few tensors.
+MAX_NUMBERS = 2 ** 21
 
 
 def hidden_attention(mixer: ScanMixer, x: torch.Tensor, tokens: Optional[Sequence[int]] = None) -> torch.Tensor:
