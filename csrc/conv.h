@@ -2,30 +2,11 @@
 //
 constexpr int CONV_TILE = 64;
 
-template <class R>
-constexpr int CONV_BLOCK = 128 / sizeof(R);  // channels of a task
-
 // One direction's kernel as taps in memory order, weight[k] times x[t - before + k]: a reverse kernel is mirrored.
 template <class R>
 struct Taps {
     int before;
-    R *weight, *bias;  // (K, CONV_BLOCK), (CONV_BLOCK,)
-};
-
-template <class R>
-struct ConvScratch {
-    R *memory;
-    int halo;  // tokens around a tile
-    explicit ConvScratch(const Conv& c, void* p) : memory(static_cast<R*>(p)), halo(c.kernel_size - 1) {}
-    static int64_t bytes(const Conv& c) {
-        const int64_t rows = CONV_TILE + 4 * (c.kernel_size - 1);
-        return (3 * rows + 4 * (c.kernel_size + 1)) * CONV_BLOCK<R> * sizeof(R);
-    }
-    int64_t rows() const { return CONV_TILE + 4 * halo; }
-    R* x() { return memory; }
-    R* g(int i) { return memory + (1 + i) * rows() * CONV_BLOCK<R>; }
-    R* taps(int i) { return memory + (3 * rows() + i * (halo + 2)) * CONV_BLOCK<R>; }
-    R* gradients(int i) { return taps(2 + i); }
+    R *weight, *bias;  // (K, width), (width,), where width is padded to whole vectors
 };
 
 template <class R>
@@ -44,27 +25,13 @@ INLINE Taps<R> load_taps(const Conv& c, int index, int64_t channel, int width, i
     return {d.reverse ? K - 1 - before : before, memory, bias};
 }
 
-// Copies tokens [from, to), with zeros for those outside the sequence.
-template <class R>
-INLINE void copy_tokens(const Conv& c, const Tensor& x, int64_t batch, int64_t from, int64_t to, int64_t channel,
-                        int width, R* buffer) {
-    const R* data = static_cast<const R*>(x.data) + batch * x.batch_stride + channel;
-    for (int64_t t = from; t < to; t++, buffer += CONV_BLOCK<R>) {
-        if (t < 0 || t >= c.length)
-            memset(buffer, 0, width * sizeof(R));
-        else
-            memcpy(buffer, data + t * x.token_stride, width * sizeof(R));
-    }
-}
-
-// bias + sum_k weight[k] x[t - before + k] for the vector of channels at `x`, which points at token t.
-template <class R, int K>
-INLINE Vec<R> convolve(const Taps<R>& taps, int kernel_size, const R* x, int v) {
-    Vec<R> sum = load(taps.bias + v);
-    x -= taps.before * CONV_BLOCK<R>;
-    for (int k = 0; k < (K ? K : kernel_size); k++)
-        sum += load(taps.weight + k * CONV_BLOCK<R> + v) * load(x + k * CONV_BLOCK<R> + v);
-    return sum;
+// A vector, or its first `left` lanes and zeros.
+template <class R, bool WHOLE>
+INLINE Vec<R> load_some(const R* p, int64_t left) {
+    if (WHOLE) return load(p);
+    Vec<R> x = {};
+    memcpy(&x, p, left * sizeof(R));
+    return x;
 }
 
 // Forward: a task covers a tile of tokens and a block of channels. Rows are read in place, zeros standing in for tokens
@@ -97,10 +64,7 @@ INLINE void convolve_tokens(const R* taps, int kernel_size, int64_t width, const
         const Vec<R> tap = load(taps + k * width + v);
 #pragma GCC unroll 8
         for (int j = 0; j < CONV_TOKENS; j++) {
-            Vec<R> in = {};
-            if (WHOLE) in = load(x[k + j] + v);
-            else memcpy(&in, x[k + j] + v, left * sizeof(R));
-            sums[j] += tap * in;
+            sums[j] += tap * load_some<R, WHOLE>(x[k + j] + v, left);
         }
     }
 #pragma GCC unroll 8
@@ -152,62 +116,103 @@ static int64_t conv_forward_tasks(const Conv& c) {
     return c.batch * b.tiles * b.blocks;
 }
 
-// Backward: a task covers a block of channels. Tokens go in tiles, copied to the L1 cache with the tokens around them, from
-// which both directions are computed.
+// Backward: a task covers a block of channels and walks over all tokens of a batch item in tiles. It computes the gradients
+// before the activation, each once, and from those of a tile and of the K - 1 tokens before it a tile of x's gradient.
+template <class R>
+struct ConvGradientTile {
+    static constexpr int64_t WIDTH = 256 / sizeof(R), TOKENS = 32;
+    static int64_t rows(const Conv& c) { return TOKENS + c.kernel_size - 1; }
+    // for gradients, taps and the taps' gradients of both directions, a row of zeros, and the pointers to rows
+    static int64_t bytes(const Conv& c) {
+        return (2 * rows(c) + 4 * (c.kernel_size + 1) + 1) * WIDTH * sizeof(R)
+            + (2 * rows(c) + c.kernel_size - 1) * sizeof(R*);
+    }
+};
+
+// One vector of channels of some tokens: g = grad * silu'(bias + sum_k weight[k] x[k + j]), or without silu; adds to the
+// gradients of the taps and of the bias, `sums`.
+template <class R, int K, bool WHOLE>
+INLINE void activation_gradients(const R* taps, int kernel_size, int64_t width, const R* const* x, const R* const* grad,
+                                 R* g, int tokens, bool activate, R* sums, int64_t v, int64_t left) {
+    Vec<R> dweight[K ? K : 1], dbias = load(sums + kernel_size * width + v);
+    for (int k = 0; k < K; k++) dweight[k] = load(sums + k * width + v);
+    const Vec<R> bias = load(taps + kernel_size * width + v);
+    for (int j = 0; j < tokens; j++) {
+        Vec<R> gj = load_some<R, WHOLE>(grad[j] + v, left);
+        if (activate) {
+            Vec<R> y = bias;
+#pragma GCC unroll 8
+            for (int k = 0; k < (K ? K : kernel_size); k++)
+                y += load(taps + k * width + v) * load_some<R, WHOLE>(x[k + j] + v, left);
+            const Vec<R> gate = R(1) / (R(1) + exp2(y * R(-LOG2E)));
+            gj *= gate * (R(1) + y * (R(1) - gate));
+        }
+        store(g + j * width + v, gj);
+        dbias += gj;
+#pragma GCC unroll 8
+        for (int k = 0; k < (K ? K : kernel_size); k++) {
+            const Vec<R> product = gj * load_some<R, WHOLE>(x[k + j] + v, left);
+            if (K) dweight[k] += product;
+            else store(sums + k * width + v, load(sums + k * width + v) + product);
+        }
+    }
+    for (int k = 0; k < K; k++) store(sums + k * width + v, dweight[k]);
+    store(sums + kernel_size * width + v, dbias);
+}
+
 template <class R, int K>
 static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
-    ConvScratch<R> m(c, scratch);
-    const int kernel_size = K ? K : c.kernel_size;
-    const int64_t blocks = (c.channels + CONV_BLOCK<R> - 1) / CONV_BLOCK<R>;
-    const int64_t channel = task % blocks * CONV_BLOCK<R>, batch = task / blocks;
-    const int width = c.channels - channel < CONV_BLOCK<R> ? c.channels - channel : CONV_BLOCK<R>;
+    constexpr int64_t WIDTH = ConvGradientTile<R>::WIDTH, TOKENS = ConvGradientTile<R>::TOKENS;
+    const int kernel_size = K ? K : c.kernel_size, halo = kernel_size - 1;
+    const int64_t blocks = (c.channels + WIDTH - 1) / WIDTH, rows = TOKENS + halo;
+    const int64_t channel = task % blocks * WIDTH, batch = task / blocks;
+    const int64_t width = c.channels - channel < WIDTH ? c.channels - channel : WIDTH;
+    const int64_t whole = width / LANES<R> * LANES<R>;
+    R *zeros = static_cast<R*>(scratch), *memory = zeros + WIDTH;
+    memset(zeros, 0, WIDTH * sizeof(R));
     Taps<R> taps[2];
+    R *g[2], *sums[2];
     for (int i = 0; i < c.directions; i++) {
-        taps[i] = load_taps(c, i, channel, width, CONV_BLOCK<R>, m.taps(i));
-        memset(m.gradients(i), 0, (kernel_size + 1) * CONV_BLOCK<R> * sizeof(R));
+        taps[i] = load_taps<R>(c, i, channel, width, WIDTH, memory);
+        sums[i] = memory + (kernel_size + 1) * WIDTH;
+        memset(sums[i], 0, (kernel_size + 1) * WIDTH * sizeof(R));
+        g[i] = sums[i] + (kernel_size + 1) * WIDTH;
+        memory = g[i] + rows * WIDTH;
     }
-    for (int64_t start = 0; start < c.length; start += CONV_TILE) {
-        const int64_t end = start + CONV_TILE < c.length ? start + CONV_TILE : c.length;
-        copy_tokens(c, c.x, batch, start - 2 * m.halo, end + 2 * m.halo, channel, width, m.x());
+    const R **x = reinterpret_cast<const R**>(memory), **grad = x + rows + halo;
+    const auto row_of = [&](const Tensor& tensor, int64_t t) -> const R* {
+        if (t < 0 || t >= c.length) return zeros;
+        return static_cast<const R*>(tensor.data) + batch * tensor.batch_stride + t * tensor.token_stride + channel;
+    };
+    for (int64_t start = 0; start < c.length; start += TOKENS) {
+        const int tokens = start + TOKENS < c.length ? TOKENS : c.length - start;
+        for (int j = 0; j < tokens + 2 * halo; j++) x[j] = row_of(c.x, start - halo + j);
         for (int i = 0; i < c.directions; i++) {
-            // the gradient before the activation, also of the tokens around the tile that depend on it
-            copy_tokens(c, c.direction[i].out, batch, start - m.halo, end + m.halo, channel, width, m.g(i));
-            R* dw = m.gradients(i);
-            R* db = dw + kernel_size * CONV_BLOCK<R>;
-            for (int64_t t = start - m.halo; t < end + m.halo; t++) {
-                R* g = m.g(i) + (t - start + m.halo) * CONV_BLOCK<R>;
-                const R* x = m.x() + (t - start + 2 * m.halo) * CONV_BLOCK<R>;
-                const bool inside = t >= start && t < end;
-                for (int v = 0; v < width; v += LANES<R>) {
-                    Vec<R> gt = load(g + v);
-                    if (c.silu) {
-                        const Vec<R> sum = convolve<R, K>(taps[i], kernel_size, x, v), gate = sigmoid<R>(sum);
-                        gt *= gate * (R(1) + sum * (R(1) - gate));
-                        store(g + v, gt);
-                    }
-                    if (!inside) continue;
-                    store(db + v, load(db + v) + gt);
-                    const R* inputs = x - taps[i].before * CONV_BLOCK<R> + v;
-                    for (int k = 0; k < kernel_size; k++) {
-                        R* to = dw + k * CONV_BLOCK<R> + v;
-                        store(to, load(to) + gt * load(inputs + k * CONV_BLOCK<R>));
-                    }
-                }
-            }
+            // row j of g belongs to this token, and to row j + k of x
+            const int64_t first = start + taps[i].before - halo;
+            const int known = start ? halo : 0;
+            memmove(g[i], g[i] + TOKENS * WIDTH, known * WIDTH * sizeof(R));
+            for (int j = known; j < tokens + halo; j++) grad[j] = row_of(c.direction[i].out, first + j);
+            R* to = g[i] + known * WIDTH;
+            const int count = tokens + halo - known;
+            for (int64_t v = 0; v < whole; v += LANES<R>)
+                activation_gradients<R, K, true>(taps[i].weight, kernel_size, WIDTH, x + known, grad + known, to, count,
+                                                 c.silu, sums[i], v, 0);
+            if (whole < width)
+                activation_gradients<R, K, false>(taps[i].weight, kernel_size, WIDTH, x + known, grad + known, to, count,
+                                                  c.silu, sums[i], whole, width - whole);
         }
         R* dx = static_cast<R*>(c.dx.data) + batch * c.dx.batch_stride + start * c.dx.token_stride + channel;
-        for (int64_t t = start; t < end; t++, dx += c.dx.token_stride) {
-            for (int v = 0; v < width; v += LANES<R>) {
+        for (int j = 0; j < tokens; j++, dx += c.dx.token_stride) {
+            for (int64_t v = 0; v < width; v += LANES<R>) {
                 Vec<R> sum = {};
                 for (int i = 0; i < c.directions; i++) {
-                    const R* g = m.g(i) + (t - start + m.halo + taps[i].before) * CONV_BLOCK<R> + v;
+#pragma GCC unroll 8
                     for (int k = 0; k < kernel_size; k++)
-                        sum += load(taps[i].weight + k * CONV_BLOCK<R> + v) * load(g - k * CONV_BLOCK<R>);
+                        sum += load(taps[i].weight + k * WIDTH + v) * load(g[i] + (j + halo - k) * WIDTH + v);
                 }
-                if (v + LANES<R> <= width)
-                    store(dx + v, sum);
-                else
-                    memcpy(dx + v, &sum, (width - v) * sizeof(R));
+                if (v < whole) store(dx + v, sum);
+                else memcpy(dx + v, &sum, (width - v) * sizeof(R));
             }
         }
     }
@@ -215,18 +220,14 @@ static void conv_backward_task(const Conv& c, int64_t task, void* scratch) {
         const ConvDirection& d = c.direction[i];
         const int64_t at = batch * c.channels + channel;
         R* dweight = static_cast<R*>(d.dweight) + at * kernel_size;
-        for (int j = 0; j < width; j++) {
-            for (int k = 0; k < kernel_size; k++) {
-                const int from = d.reverse ? kernel_size - 1 - k : k;
-                dweight[j * kernel_size + k] = m.gradients(i)[from * CONV_BLOCK<R> + j];
-            }
-        }
-        if (d.dbias)
-            memcpy(static_cast<R*>(d.dbias) + at, m.gradients(i) + kernel_size * CONV_BLOCK<R>, width * sizeof(R));
+        for (int j = 0; j < width; j++)
+            for (int k = 0; k < kernel_size; k++)
+                dweight[j * kernel_size + k] = sums[i][(d.reverse ? kernel_size - 1 - k : k) * WIDTH + j];
+        if (d.dbias) memcpy(static_cast<R*>(d.dbias) + at, sums[i] + kernel_size * WIDTH, width * sizeof(R));
     }
 }
 
 template <class R>
 static int64_t conv_backward_tasks(const Conv& c) {
-    return c.batch * ((c.channels + CONV_BLOCK<R> - 1) / CONV_BLOCK<R>);
+    return c.batch * ((c.channels + ConvGradientTile<R>::WIDTH - 1) / ConvGradientTile<R>::WIDTH);
 }

@@ -35,8 +35,8 @@ static const Kernels KERNELS = {
      kernel<Scan, backward_tasks<double>, BackwardScratch<double>::bytes, backward_task<double>>()},
     {kernel<Conv, conv_forward_tasks<float>, ConvBlocks<float>::bytes, conv_forward_any<float>>(),
      kernel<Conv, conv_forward_tasks<double>, ConvBlocks<double>::bytes, conv_forward_any<double>>()},
-    {kernel<Conv, conv_backward_tasks<float>, ConvScratch<float>::bytes, conv_backward_any<float>>(),
-     kernel<Conv, conv_backward_tasks<double>, ConvScratch<double>::bytes, conv_backward_any<double>>()},
+    {kernel<Conv, conv_backward_tasks<float>, ConvGradientTile<float>::bytes, conv_backward_any<float>>(),
+     kernel<Conv, conv_backward_tasks<double>, ConvGradientTile<double>::bytes, conv_backward_any<double>>()},
 };
 
 #undef INLINE
