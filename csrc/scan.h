@@ -90,6 +90,7 @@ struct alignas(64) Scratch {
     TileBuffer dt, dtu, y, buffers[5];
     Block D, bias, first;
     R *A, *h;  // (d_state, BLOCK); A is times log2(e)
+    R most_A;  // the largest |A| that is not NaN
 
     static int64_t bytes(const Scan& s) { return sizeof(Scratch) + 2 * s.d_state * sizeof(Block); }
     static Scratch* in(void* memory, const Scan& s) {
@@ -145,15 +146,25 @@ template <class R>
 INLINE void load_parameters(const Scan& s, const Direction& d, int64_t channel, int width, Scratch<R>* m) {
     constexpr R MOST = std::numeric_limits<R>::max();
     const R* A = static_cast<const R*>(d.A) + channel * s.d_state;
+    m->most_A = 0;
     for (int c = 0; c < BLOCK<R>; c++) {
         for (int64_t n = 0; n < s.d_state; n++) {
             const R a = c < width ? A[c * s.d_state + n] : 0, scaled = a * R(LOG2E);
             // a finite A must not become infinite, for dt may be 0
             m->A[n * BLOCK<R> + c] = scaled > MOST && a <= MOST ? MOST : scaled < -MOST && a >= -MOST ? -MOST : scaled;
+            if (scaled > m->most_A || -scaled > m->most_A) m->most_A = scaled < 0 ? -scaled : scaled;
         }
         m->D[c] = d.D && c < width ? static_cast<const R*>(d.D)[channel + c] : 0;
         m->bias[c] = d.bias && c < width ? static_cast<const R*>(d.bias)[channel + c] : 0;
     }
+}
+
+// Whether exp2_normal serves for the decays of a tile: |dt| is at most `most_dt` or NaN, which stays NaN.
+template <class R>
+INLINE bool exponents_are_normal(const Scratch<R>* m, Vec<R> most_dt) {
+    bool normal = true;
+    for (int i = 0; i < LANES<R>; i++) normal &= most_dt[i] * m->most_A < R(126);
+    return normal;
 }
 
 // Runs `call<K>(n)` for states n to n + K, with K a power of two of at most MAX.
@@ -164,7 +175,7 @@ INLINE void for_states(int64_t n, int64_t d_state, F f) {
 }
 
 // Scans one vector of channels and K of its states over a tile: y += C . h
-template <class R, int K, bool MASK>
+template <class R, int K, bool MASK, bool NORMAL>
 INLINE void scan_states(
         int rows, const R* A, R* h_memory, const R* dt, const R* dtu, Rows<R> B, Rows<R> C, R* y) {
     Vec<R> h[K];
@@ -175,7 +186,8 @@ INLINE void scan_states(
         Vec<R> even = load(y + i * BLOCK<R>), odd = {};
 #pragma GCC unroll 16
         for (int n = 0; n < K; n++) {
-            const Vec<R> decayed = exp2(step * load(A + n * BLOCK<R>)) * h[n];
+            const Vec<R> exponent = step * load(A + n * BLOCK<R>);
+            const Vec<R> decayed = (NORMAL ? exp2_normal(exponent) : exp2(exponent)) * h[n];
             h[n] = decayed + input * Bi[n];
             (n % 2 ? odd : even) += (MASK ? decayed : h[n]) * Ci[n];
         }
@@ -189,12 +201,17 @@ struct ScanStates {
     Scratch<R>* m;
     int rows, width;
     Rows<R> B, C;
+    bool normal;
     template <int K>
     INLINE_MEMBER void operator()(int64_t n) const {
+        normal ? scan<K, true>(n) : scan<K, false>(n);
+    }
+    template <int K, bool NORMAL>
+    INLINE_MEMBER void scan(int64_t n) const {
         R *A = m->A + n * BLOCK<R>, *h = m->h + n * BLOCK<R>;
         const Rows<R> Bn = {B.data + n, B.stride}, Cn = {C.data + n, C.stride};
         for (int v = 0; v < width; v += LANES<R>)
-            scan_states<R, K, MASK>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
+            scan_states<R, K, MASK, NORMAL>(rows, A + v, h + v, m->dt + v, m->dtu + v, Bn, Cn, m->y + v);
     }
 };
 
@@ -227,10 +244,12 @@ static void forward_direction(
         if (index) next.add(sum);
         if (last) next.add(s.z);
         next.fetch(0, 1, 1);
+        Vec<R> most_dt = {};
         for (int i = 0; i < tile.rows; i++) {
             for (int v = 0; v < width; v += W) {
                 const Vec<R> x = load(delta[i] + v) + load(m->bias + v), ui = load(u[i] + v);
                 const Vec<R> dt = s.softplus ? softplus<R>(x, exp_minus<R>(x)) : x;
+                most_dt = at_least(absolute<R>(dt), most_dt);
                 const Vec<R> skip = load(m->D + v) * ui;
                 store(m->dt + i * BLOCK<R> + v, dt);
                 store(m->dtu + i * BLOCK<R> + v, dt * ui);
@@ -238,12 +257,13 @@ static void forward_direction(
             }
         }
         const Rows<R> B = states_of<R>(d.B, tile, group), C = states_of<R>(d.C, tile, group);
+        const bool normal = exponents_are_normal(m, most_dt);
         if (d.mask_diagonal) {
             memcpy(m->first, m->y, sizeof(m->first));
-            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, true>{m, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, true>{m, tile.rows, width, B, C, normal});
             if (start == 0) memcpy(m->y, m->first, sizeof(m->first));
         } else {
-            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, false>{m, tile.rows, width, B, C});
+            for_states<MAX_STATES>(0, s.d_state, ScanStates<R, false>{m, tile.rows, width, B, C, normal});
         }
         if (last && s.z.data) {
             const Rows<R> z = readable(s.z, tile, m->buffers[3]);

@@ -77,12 +77,12 @@ INLINE Vf at_most(Vf limit, Vf x) { return x > limit ? limit : x; }
 INLINE Vd at_least(Vd limit, Vd x) { return x < limit ? limit : x; }
 INLINE Vd at_most(Vd limit, Vd x) { return x > limit ? limit : x; }
 
-// 2^x with a relative error below 2e-7, exact for integers and close to 1 for small x. Where 2^x is no normal number the
-// result may be 0 or infinity, as it may be infinity from 2^127.9 on.
+// 2^x with a relative error below 2e-7, exact for integers and close to 1 for small x, which is NaN or between -126 and
+// 126. (The 512-bit one takes any x as `exp2` does.)
 //
 // x = k + r, where k is the nearest multiple of a step and goes into the exponent, or into a table of the powers between
 // two integers and the exponent; 2^r is a polynomial. Adding 1.5 * 2^23 steps leaves the multiple in the low bits.
-INLINE Vf exp2(Vf x) {
+INLINE Vf exp2_normal(Vf x) {
     typedef Simd<float>::I I;
 #if VECTOR_BYTES == 64
     alignas(64) static const float POWERS[32] = {
@@ -102,7 +102,6 @@ INLINE Vf exp2(Vf x) {
     alignas(32) static const uint32_t POWERS[8] = {
         0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
     const float shift = 0x1.8p20f;
-    x = at_most(splat(128.f), at_least(splat(-127.f), x));
     const Vf t = x + shift, r = x - (t - shift);
     const I power = (I)_mm256_permutevar8x32_epi32(*(const __m256i*)POWERS, (__m256i)t);
     Vf p = r * 5.5502136e-2f + 2.4023429e-1f;
@@ -111,7 +110,6 @@ INLINE Vf exp2(Vf x) {
     return p * (Vf)(power + ((I)t << 20));
 #else
     const float shift = 0x1.8p23f;
-    x = at_most(splat(128.f), at_least(splat(-127.f), x));
     const Vf t = x + shift, r = x - (t - shift);
     Vf p = r * 1.3264727e-3f + 9.6715126e-3f;
     p = p * r + 5.5507337e-2f;
@@ -120,6 +118,14 @@ INLINE Vf exp2(Vf x) {
     p = p * r + 1.f;
     return (Vf)((I)p + ((I)t << 23));
 #endif
+}
+
+// 2^x for any x. Where 2^x is no normal number the result may be 0 or infinity, as it may be infinity from 2^127.9 on.
+INLINE Vf exp2(Vf x) {
+#if VECTOR_BYTES < 64
+    x = at_most(splat(128.f), at_least(splat(-127.f), x));
+#endif
+    return exp2_normal(x);
 }
 
 // log(1 + x) for x in [0, 1], with a relative error below 4e-8
@@ -141,12 +147,20 @@ INLINE Vd exp2(Vd x) {
     return x;
 }
 
+INLINE Vd exp2_normal(Vd x) { return exp2(x); }
+
 INLINE Vd log1p(Vd x) {
     for (int i = 0; i < LANES<double>; i++) x[i] = __builtin_log1p(x[i]);
     return x;
 }
 
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
+
+template <class R>
+INLINE Vec<R> absolute(Vec<R> x) {
+    typedef typename Simd<R>::I I;
+    return (Vec<R>)((I)x & ~(I)splat(R(-0.)));
+}
 
 // exp(-|x|)
 template <class R>
