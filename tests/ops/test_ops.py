@@ -114,16 +114,18 @@ def test_opcheck_scan(save, z):
     lists = [[first[k], second[k]] for k in ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')]
     flags = (True, [False, True], True, [False, True])
     args = (*lists, first['z'] if z else None, *flags)
-    torch.library.opcheck(torch.ops.timm_ssm.selective_scan.default, (*args, save, ''))
-    out, y, states = torch.ops.timm_ssm.selective_scan(*args, True, '')
+    for op in (torch.ops.timm_ssm.selective_scan.default, torch.ops.timm_ssm.selective_scan.no_autograd):
+        torch.library.opcheck(op, (*args, save, ''))
+    out, *saved = torch.ops.timm_ssm.selective_scan(*args, True, '')
     torch.library.opcheck(
-        torch.ops.timm_ssm.selective_scan_backward.default, (*args, torch.randn_like(out), y, states, ''))
+        torch.ops.timm_ssm.selective_scan_backward.default, (*args, torch.randn_like(out), saved, ''))
 
 
 def test_opcheck_conv():
     x, weight, bias = torch.randn(2, 9, 4), [torch.randn(4, 3)] * 2, [torch.randn(4)] * 2
     args = (x, weight, bias, True, [False, True], False)
-    torch.library.opcheck(torch.ops.timm_ssm.causal_conv1d.default, (*args, ''))
+    for op in (torch.ops.timm_ssm.causal_conv1d.default, torch.ops.timm_ssm.causal_conv1d.no_autograd):
+        torch.library.opcheck(op, (*args, ''))
     torch.library.opcheck(
         torch.ops.timm_ssm.causal_conv1d_backward.default, (*args, [torch.randn_like(x)] * 2, ''))
 
@@ -348,9 +350,8 @@ def test_states_are_saved_for_training_alone(monkeypatch, train):
 def test_save_false_is_kept():
     """What was not saved cannot be differentiated, and nothing is saved behind the caller's back."""
     lists = [[scan_inputs()[k].requires_grad_()] for k in ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')]
-    out, y, states = torch.ops.timm_ssm.selective_scan(
+    out, = torch.ops.timm_ssm.selective_scan(
         *lists, scan_inputs()['z'], True, [False], False, [False], False, '')
-    assert y.numel() == states.numel() == 0
     with pytest.raises(RuntimeError, match='selective_scan: got save=False, needs save=True'):
         out.sum().backward()
 
@@ -375,7 +376,7 @@ def test_meta_is_shapes_alone(train):
     """A whole model on the meta device: each op is one dispatch, however many tokens there are."""
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.name())
+            names.append(func.name().partition('.')[0])  # whatever the overload
             return func(*args, **(kwargs or {}))
 
     counts = []
@@ -521,7 +522,7 @@ def test_modes_and_profilers_see_the_op(fn, make_args):
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.name())
+            seen.append(func.name().partition('.')[0])
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad():

@@ -7,7 +7,6 @@ scanned side by side, each from a zero state, and a second Scan carries the stat
 import math
 from typing import Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import torch
@@ -96,8 +95,8 @@ def selective_scan(
         mask_diagonal: Sequence[int],
         save: bool,
         backend: str,
-) -> Tuple[Activation, Activation, Parameter]:
-    """The op `timm_ssm::selective_scan`, of whose three results inference uses the first."""
+) -> Sequence[Activation]:
+    """The op `timm_ssm::selective_scan`, of whose results inference uses the first."""
     dtype, acc = u[0].dtype, A[0].dtype
     batch = op.Shape(u[0], start=0, end=1)
     out = None
@@ -118,9 +117,7 @@ def selective_scan(
         out = y if out is None else op.Add(out, y)
     if z is not None:
         out = op.Mul(out, _silu(_cast(z, acc)))
-    nothing = op.Constant(value=ir.tensor(np.empty(0, np.float32)))
-    out = out if dtype == acc else op.Cast(out, to=dtype)
-    return out, nothing, op.Identity(nothing)
+    return [out if dtype == acc else op.Cast(out, to=dtype)]
 
 
 def causal_conv1d(

@@ -51,7 +51,8 @@ class ScanCall(NamedTuple):
 
     def tensors(self) -> List[Optional[torch.Tensor]]:
         """All tensors, those of `u` first and z, if only as None, last."""
-        return [*(x for xs in self[:7] for x in xs), self.z]
+        u, delta, A, B, C, D, delta_bias, z, *_ = self
+        return [*u, *delta, *A, *B, *C, *D, *delta_bias, z]
 
     def with_tensors(self, tensors: Sequence[Any]) -> 'ScanCall':
         """The call with others in place of its `tensors()`."""
@@ -98,6 +99,9 @@ class ConvCall(NamedTuple):
 ConvGradients = Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]
 
 
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
+
 def directions(name: str, xs: Sequence[torch.Tensor], count: int) -> List[torch.Tensor]:
     """Argument `name` of a call of `count` directions as a list of dense tensors.
 
@@ -108,6 +112,8 @@ def directions(name: str, xs: Sequence[torch.Tensor], count: int) -> List[torch.
         got = f'{len(xs)} items' if isinstance(xs, (tuple, list)) else 'None' if xs is None else type(xs).__name__
         raise ValueError(f'{name}: got {got}, needs a pair of tensors (forward, reverse)')
     for i, x in enumerate(xs):
+        if type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested:
+            continue
         if not isinstance(x, torch.Tensor):
             got = 'None' if x is None else type(x).__name__
         elif x.is_nested:
@@ -127,41 +133,37 @@ def _item(name: str, i: int, count: int) -> str:
 
 
 def _is_distributed(x: torch.Tensor) -> bool:
-    if type(x) in (torch.Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if type(x) in _PLAIN or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # slow to import, but the class of x has been imported
     return isinstance(x, DTensor)
 
 
-def check(
-        name: str,
-        xs: Sequence[torch.Tensor],
-        shape: Optional[Tuple[int, ...]],
-        dtypes: Sequence[torch.dtype],
-        like: Tuple[str, torch.Tensor],
-        needs: Optional[Callable[[], str]] = None,
-) -> None:
-    """Check argument `name` in each direction.
+#: What an argument has to be: its name; its tensors, one a direction; their shape, None if that of the first is already
+#: known to be wrong; the dtypes that they may have; the shapes that the first may have, in words, if there is a choice.
+Rule = Tuple[str, Sequence[torch.Tensor], Optional[Tuple[int, ...]], Sequence[torch.dtype], Optional[Callable[[], str]]]
+
+
+def check(rules: Sequence[Rule], like: str, device: torch.device) -> None:
+    """Check arguments.
 
     Args:
-        name: Name of the argument.
-        xs: Its tensors, one a direction.
-        shape: Their shape, None if that of the first is already known to be wrong.
-        dtypes: The dtypes that they may have.
-        like: Name and tensor of the argument whose device, and dtype if there is no choice, they share.
-        needs: The shapes that the first may have, in words, if there is a choice.
+        rules: What they have to be.
+        like: Name of the argument whose device, and dtype if there is no choice, they share.
+        device: That device.
 
     Raises:
         ValueError: One of them has another shape, dtype or device.
     """
-    for i, x in enumerate(xs):
-        if x.shape != shape:
-            wrong = f'shape {tuple(x.shape)}, needs {needs() if needs and i == 0 else shape}'
-        elif x.dtype not in dtypes:
-            wanted = f'one of {", ".join(map(str, dtypes))}' if len(dtypes) > 1 else f'{dtypes[0]} like {like[0]}'
-            wrong = f'dtype {x.dtype}, needs {wanted}'
-        elif x.device != like[1].device:
-            wrong = f'device {x.device}, needs {like[1].device} like {like[0]}'
-        else:
-            continue
-        raise ValueError(f'{_item(name, i, len(xs))}: got {wrong}')
+    for name, xs, shape, dtypes, needs in rules:
+        for i, x in enumerate(xs):
+            if x.shape != shape:
+                wrong = f'shape {tuple(x.shape)}, needs {needs() if needs and i == 0 else shape}'
+            elif x.dtype not in dtypes:
+                wanted = f'one of {", ".join(map(str, dtypes))}' if len(dtypes) > 1 else f'{dtypes[0]} like {like}'
+                wrong = f'dtype {x.dtype}, needs {wanted}'
+            elif x.device != device:
+                wrong = f'device {x.device}, needs {device} like {like}'
+            else:
+                continue
+            raise ValueError(f'{_item(name, i, len(xs))}: got {wrong}')

@@ -16,6 +16,7 @@ from .glue import (
     exporting,
     flat,
     has_tangent,
+    needs_grad,
     refuse_higher_order,
     register_autograd,
 )
@@ -115,7 +116,9 @@ def _causal_conv1d(
     tensors = call.tensors()
     if exporting() or has_tangent(tensors):
         return exportable.run_conv(call)
-    return _op(*call, backend_name(call, backend))
+    save = needs_grad(tensors)
+    op = _op if save or torch.compiler.is_compiling() else _op_no_autograd
+    return op(*call, backend_name(call, backend, save))
 
 
 def _checked(call: ConvCall) -> ConvCall:
@@ -128,13 +131,15 @@ def _checked(call: ConvCall) -> ConvCall:
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    like = 'x', x
-    check('x', [x], tuple(x.shape) if x.ndim == 3 else None, FLOAT_DTYPES, like, lambda: '(batch, length, channels)')
+    shape = tuple(x.shape) if x.ndim == 3 else None
+    check([('x', [x], shape, FLOAT_DTYPES, lambda: '(batch, length, channels)')], 'x', x.device)
     channels = x.shape[2]
     kernel_size = weight[0].shape[1] if weight[0].ndim == 2 and weight[0].shape[1] > 0 else None
-    shape = kernel_size and (channels, kernel_size)
-    check('weight', weight, shape, FLOAT_DTYPES, like, lambda: f'({channels}, kernel size)')
-    check('bias', bias, (channels,), FLOAT_DTYPES, like)
+    check((
+        ('weight', weight, kernel_size and (channels, kernel_size), FLOAT_DTYPES,
+         lambda: f'({channels}, kernel size)'),
+        ('bias', bias, (channels,), FLOAT_DTYPES, None),
+    ), 'x', x.device)
     acc = acc_dtype(x.dtype)
     weight, bias = ([as_parameter(p, acc) for p in ps] for ps in (weight, bias))
     return ConvCall(x, weight, bias, *flags)
@@ -172,7 +177,9 @@ def _backward_fake(*args) -> List[torch.Tensor]:
     return [t.new_empty(t.shape) for t in ConvCall(*args[:-2]).tensors()]
 
 
-_op = define_op(f'causal_conv1d({_ARGS}, str backend) -> Tensor[]', _forward, _forward_fake, _transformed)
+_op, _op_no_autograd = (
+    define_op(f'{name}({_ARGS}, str backend) -> Tensor[]', _forward, _forward_fake, _transformed)
+    for name in ('causal_conv1d', 'causal_conv1d.no_autograd'))
 _op_backward = define_op(
     f'causal_conv1d_backward({_ARGS}, Tensor[] grad_outs, str backend) -> Tensor[]', _backward, _backward_fake)
 

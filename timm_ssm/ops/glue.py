@@ -27,7 +27,14 @@ def flat(args: Iterable) -> List:
 
 def has_tangent(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
     """Whether forward-mode AD differentiates a call on these tensors."""
-    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    for x in tensors:
+        if x is not None:
+            primal, tangent = unpack_dual(x)
+            if tangent is not None:
+                return True
+            if primal is x:  # no forward-mode AD anywhere: within it, primal is a view
+                return False
+    return False
 
 
 def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
@@ -35,10 +42,10 @@ def needs_grad(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def backend_name(call: Union[ScanCall, ConvCall], backend: Optional[str]) -> str:
-    """The backend of a call's forward and backward pass; what is asked for, perhaps '', if it runs later or not at all:
-    under compilation, where the op itself selects one, and on the meta device."""
-    if torch.compiler.is_compiling() or call.input.is_meta:
+def backend_name(call: Union[ScanCall, ConvCall], backend: Optional[str], save: bool) -> str:
+    """The backend of a call's forward and backward pass; what is asked for, perhaps '', if there is no backward pass or
+    if it runs later or not at all: under compilation and on the meta device. The op itself selects one then."""
+    if not save or torch.compiler.is_compiling() or call.input.is_meta:
         return backend or ''
     return select_backend(call, backend or '').name
 
@@ -62,21 +69,24 @@ def define_op(schema: str, kernel: Callable, fake: Callable, transformed: Option
     `torch.library.custom_op` does the same at twice the overhead of a call.
 
     Args:
-        schema: Its schema.
+        schema: Its schema, whose name may have an overload's name behind a dot.
         kernel: What runs it on every device.
         fake: Its result's shapes and dtypes, for compilation, export and the meta device.
         transformed: What runs it under the transforms of torch.func, in operators that these know.
     """
     name = schema.partition('(')[0]
+    packet, _, overload = name.partition('.')
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'timm_ssm::{name}', fake, lib=_library)
     if transformed is not None:
         _library.impl(name, transformed, 'FuncTorchDynamicLayerFrontMode')
-    return getattr(torch.ops.timm_ssm, name).default
+    return getattr(getattr(torch.ops.timm_ssm, packet), overload or 'default')
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give an op a backward pass. It costs every call of the op as much as the rest of the call, gradients or not: what
+    needs none calls an overload without."""
     torch.library.register_autograd(f'timm_ssm::{name}', backward, setup_context=setup_context, lib=_library)
 
 

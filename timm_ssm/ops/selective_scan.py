@@ -168,7 +168,9 @@ def _selective_scan(
     tensors = call.tensors()
     if exporting() or has_tangent(tensors):
         return exportable.run_scan(call)
-    return _op(*call, needs_grad(tensors), backend_name(call, backend))[0]
+    save = needs_grad(tensors)
+    op = _op if save or torch.compiler.is_compiling() else _op_no_autograd
+    return op(*call, save, backend_name(call, backend, save))[0]
 
 
 def _checked(call: ScanCall) -> ScanCall:
@@ -183,23 +185,26 @@ def _checked(call: ScanCall) -> ScanCall:
         u, delta, B, C = ([x.to(dtype) for x in xs] for xs in (u, delta, B, C))
         z = z if z is None else z.to(dtype)
 
-    like = 'u' if len(u) == 1 else 'u[0]', u[0]
+    like, device = 'u' if len(u) == 1 else 'u[0]', u[0].device
     shape = tuple(u[0].shape) if u[0].ndim == 3 else None
-    check('u', u[:1], shape, FLOAT_DTYPES, like, lambda: '(batch, length, channels)')
+    check([('u', u[:1], shape, FLOAT_DTYPES, lambda: '(batch, length, channels)')], like, device)
     batch, length, channels = shape
     activation = u[0].dtype,
-    for name, xs in (('u', u), ('delta', delta), ('z', [] if z is None else [z])):
-        check(name, xs, shape, activation, like)
     d_state = A[0].shape[1] if A[0].ndim == 2 and A[0].shape[1] > 0 else None
-    check('A', A, d_state and (channels, d_state), FLOAT_DTYPES, like, lambda: f'({channels}, d_state)')
     grouped = B[0].ndim == 4 and B[0].shape[2] > 0 and channels % B[0].shape[2] == 0
     shape_B = (batch, length, B[0].shape[2], d_state) if grouped else (batch, length, d_state)
-    check('B', B, shape_B, activation, like, lambda: (
-        f'{(batch, length, d_state)} or {(batch, length)} + (groups, {d_state}) with groups dividing the {channels} '
-        'channels'))
-    check('C', C, shape_B, activation, like)
-    check('D', D, (channels,), FLOAT_DTYPES, like)
-    check('delta_bias', delta_bias, (channels,), FLOAT_DTYPES, like)
+    check((
+        ('u', u, shape, activation, None),
+        ('delta', delta, shape, activation, None),
+        ('z', () if z is None else (z,), shape, activation, None),
+        ('A', A, d_state and (channels, d_state), FLOAT_DTYPES, lambda: f'({channels}, d_state)'),
+        ('B', B, shape_B, activation, lambda: (
+            f'{(batch, length, d_state)} or {(batch, length)} + (groups, {d_state}) with groups dividing the '
+            f'{channels} channels')),
+        ('C', C, shape_B, activation, None),
+        ('D', D, (channels,), FLOAT_DTYPES, None),
+        ('delta_bias', delta_bias, (channels,), FLOAT_DTYPES, None),
+    ), like, device)
 
     acc = acc_dtype(u[0].dtype)
     A, D, delta_bias = ([as_parameter(x, acc) for x in xs] for xs in (A, D, delta_bias))
@@ -214,47 +219,48 @@ _ARGS = (
 )
 
 
-def _forward(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(*args) -> List[torch.Tensor]:
+    """out and, if they are to be saved, the states and the sum before the gate."""
     *call, save, backend = args
     call = ScanCall(*call)
-    return _tensors(*select_backend(call, backend).scan_forward(call, save))
+    out, y, states = select_backend(call, backend).scan_forward(call, save)
+    return [x for x in (out, states, y) if x is not None]
 
 
-def _transformed(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _tensors(exportable.run_scan(ScanCall(*args[:-2])), None, None)
+def _transformed(*args) -> List[torch.Tensor]:
+    return [exportable.run_scan(ScanCall(*args[:-2]))]
 
 
-def _tensors(out: torch.Tensor, y: Optional[torch.Tensor], states: Optional[torch.Tensor]):
-    """Empty tensors for what is not there, which a schema cannot leave out."""
-    return out, out.new_empty(0) if y is None else y, out.new_empty(0) if states is None else states
-
-
-def _forward_fake(*args) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_fake(*args) -> List[torch.Tensor]:
     *call, save, _ = args
     call = ScanCall(*call)
-    out = call.input.new_empty(call.input.shape)
-    y = torch.empty_like(out) if save and call.z is not None else None
-    return _tensors(out, y, call.new_states() if save else None)
+    outs = [call.input.new_empty(call.input.shape)]
+    if save:
+        outs.append(call.new_states())
+        if call.z is not None:
+            outs.append(torch.empty_like(outs[0]))
+    return outs
 
 
 def _backward(*args) -> List[torch.Tensor]:
     """Gradients in the order of `ScanCall.tensors`, z's only if it is given."""
-    *call, grad_out, y, states, backend = args
+    *call, grad_out, saved, backend = args
     call = ScanCall(*call)
+    states, y = (*saved, None)[:2]
     grads, dz = select_backend(call, backend).scan_backward(call, grad_out, y, states)
     grads = [g for argument in zip(*grads) for g in argument]
     return grads if dz is None else [*grads, dz]
 
 
 def _backward_fake(*args) -> List[torch.Tensor]:
-    return [x.new_empty(x.shape) for x in ScanCall(*args[:-4]).tensors() if x is not None]
+    return [x.new_empty(x.shape) for x in ScanCall(*args[:-3]).tensors() if x is not None]
 
 
-_op = define_op(
-    f'selective_scan({_ARGS}, bool save, str backend) -> (Tensor out, Tensor y, Tensor states)',
-    _forward, _forward_fake, _transformed)
+_op, _op_no_autograd = (
+    define_op(f'{name}({_ARGS}, bool save, str backend) -> Tensor[]', _forward, _forward_fake, _transformed)
+    for name in ('selective_scan', 'selective_scan.no_autograd'))
 _op_backward = define_op(
-    f'selective_scan_backward({_ARGS}, Tensor grad_out, Tensor y, Tensor states, str backend) -> Tensor[]',
+    f'selective_scan_backward({_ARGS}, Tensor grad_out, Tensor[] saved, str backend) -> Tensor[]',
     _backward, _backward_fake)
 
 
@@ -262,20 +268,23 @@ def _setup_context(ctx, inputs, output) -> None:
     *call, ctx.saved, ctx.backend = inputs
     call = ScanCall(*call)
     tensors = call.tensors()
+    _, *saved = output
     ctx.call = call.with_tensors([None] * len(tensors))
-    ctx.save_for_backward(*output[1:], *tensors)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for y and states
+    ctx.save_for_backward(*tensors, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # no zeros for what is saved
 
 
-def _autograd(ctx, grad_out: Optional[torch.Tensor], *_):
+def _autograd(ctx, grad_outs: List[Optional[torch.Tensor]]):
+    grad_out = grad_outs[0]
     refuse_higher_order('selective_scan', [grad_out])
     if not ctx.saved:
         raise RuntimeError('selective_scan: got save=False, needs save=True to be differentiated')
-    y, states, *tensors = ctx.saved_tensors
-    grads = [None] * len(tensors)
+    count = len(ctx.call.tensors())
+    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    grads = [None] * count
     if grad_out is not None:
-        grads = _op_backward(*ctx.call.with_tensors(tensors), grad_out, y, states, ctx.backend)
+        grads = _op_backward(*ctx.call.with_tensors(tensors), grad_out, saved, ctx.backend)
     return *ctx.call.with_tensors([*grads, None])[:8], *[None] * 6  # the last None: z's, if it is not given
 
 

@@ -58,7 +58,7 @@ class Backend:
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         """Gradients of every tensor of `call`, contiguous; y and states as this backend's scan_forward returned them.

@@ -27,7 +27,7 @@ class Eager(Backend):
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         dtype = grad_out.dtype

@@ -70,7 +70,7 @@ class MambaSsm(Backend):
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         dy, dz = grad_out, None

@@ -19,7 +19,7 @@ class Naive(Backend):
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         leaves = [None if x is None else x.detach().requires_grad_() for x in call.tensors()]

@@ -94,12 +94,13 @@ class Native(Backend):
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         dtype = grad_out.dtype
         if dtype != acc_dtype(dtype):
-            grads, dz = self.scan_backward(_wide_scan(call), grad_out.float(), y.float(), states)
+            grads, dz = self.scan_backward(
+                _wide_scan(call), grad_out.float(), y if y is None else y.float(), states)
             for g in grads:
                 for i in (0, 1, 3, 4):
                     g[i] = g[i].to(dtype)

@@ -49,7 +49,7 @@ class Triton(Backend):
             self,
             call: ScanCall,
             grad_out: torch.Tensor,
-            y: torch.Tensor,
+            y: Optional[torch.Tensor],
             states: torch.Tensor,
     ) -> ScanGradients:
         from .backward import scan_backward

@@ -1,6 +1,6 @@
 """The scan backward: chunks of CHUNK_SIZE tokens from the last to the first, their states recomputed from the one
 that the forward pass saved."""
-from typing import Dict, Union
+from typing import Dict, Optional, Union
 
 import torch
 import triton
@@ -405,7 +405,7 @@ def tuning(x: torch.Tensor, n_pow2: int) -> Dict[str, Union[int, str]]:
 def scan_backward(
         call: ScanCall,
         grad_out: torch.Tensor,
-        y: torch.Tensor,
+        y: Optional[torch.Tensor],
         states: torch.Tensor,
 ) -> ScanGradients:
     """Gradients of every input of `call`: a list over directions of [u, delta, A, B, C, D?, delta_bias?], and z's."""
