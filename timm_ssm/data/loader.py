@@ -22,6 +22,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from .corruptions import Corrupt
 from .decode import ClipError
 from .readers import ClipReader
 from .sampling import FrameSampler, long_windows, reorder_frames, window_frames
@@ -140,7 +141,11 @@ class EvalClips(ClipDataset):
         reader: As of ClipDataset, as the four after it.
         clips: Clips of a video to test on, `clip` crops each; None for the one to validate on.
         frame_order: Order to bring the frames of clips into, as of `reorder_frames`.
+
+    Attributes:
+        corrupt: What corrupts each view, if anything does.
     """
+    corrupt: Optional[Corrupt] = None
 
     def __init__(
             self,
@@ -180,7 +185,10 @@ class EvalClips(ClipDataset):
             size = self.transform.size
             return torch.zeros(V, T, 3, size, size, dtype=torch.uint8), tags, [(row, str(e))]
         views = self.transform.crop(pixels)  # (crops, clips T, C, H, W)
-        return views.unflatten(1, (-1, T)).transpose(0, 1).flatten(0, 1), tags, []
+        views = views.unflatten(1, (-1, T)).transpose(0, 1).flatten(0, 1)
+        if self.corrupt is not None:
+            views = torch.stack([self.corrupt.frames(view) for view in views])
+        return views, tags, []
 
 
 @contextmanager

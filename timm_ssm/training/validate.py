@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from timm import utils
@@ -17,6 +17,7 @@ from torch import nn
 import timm_ssm  # noqa: F401  registers the models
 
 from ..data import score_videos, score_views
+from ..data.corruptions import Corrupt
 from ..hub.checkpoints import create_model, rebuild
 from ..models._checkpoints import read_checkpoint
 from ..zoo.registry import clip_args
@@ -45,6 +46,14 @@ from .evaluation import evaluate
 from .log import setup_logging, show_progress, write_rows
 from .model import resolve_input, to_channels_last
 from .optim import create_autocast
+from .robustness import (
+    add_corruption_flags,
+    check_corruption_flags,
+    insert_corruption,
+    measure_corrupted,
+    read_results,
+    report,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +97,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='K=V', help="the model's constructor arguments")
 
     add_clip_flags(parser, training=False)
+    add_corruption_flags(parser)
 
     add = parser.add_argument_group('Running').add_argument
     add('-b', '--batch-size', type=at_least(1), default=256, metavar='N',
@@ -114,13 +124,29 @@ def parse_args(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> 
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args, UNSUPPORTED, 'validate.py')
     args.data_dir = args.data_dir or args.data
-    check_folder(args.data_dir, args.dataset)
+    if args.data_dir or not args.imagenet_c:
+        check_folder(args.data_dir, args.dataset)
+    check_corruption_flags(parser, args)
     args.device = resolve_device(args.device)
     return args
 
 
+class Subject(NamedTuple):
+    """A model to measure, on its device, and how to prepare its input."""
+    model: nn.Module
+    param_count: int
+    data_config: Dict[str, Any]
+    device: torch.device
+    clips: bool  # it is measured on videos
+
+
 def validate(args: argparse.Namespace) -> Dict[str, Any]:
     """Measure one model: `args` as parsed, with `model` one name or None and `checkpoint` one file or ''."""
+    return measure(args, load(args))
+
+
+def load(args: argparse.Namespace) -> Subject:
+    """Make the model, and set what the arguments leave open."""
     checkpoint = None
     if args.checkpoint:
         with errors_of('--checkpoint', args.checkpoint):
@@ -155,10 +181,17 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
 
-    if resolve_clips(args, model):
-        if args.clip_sampling == 'sparse':
-            args.clip_windows = args.clip_windows or clip_args(model).get('clip_windows')
-        return validate_clips(args, model, param_count, data_config, device)
+    clips = resolve_clips(args, model)
+    if clips and args.clip_sampling == 'sparse':
+        args.clip_windows = args.clip_windows or clip_args(model).get('clip_windows')
+    return Subject(model, param_count, data_config, device, clips)
+
+
+def measure(args: argparse.Namespace, subject: Subject, corrupt: Optional[Corrupt] = None) -> Dict[str, Any]:
+    """A row of results, on data that are corrupted first."""
+    model, param_count, data_config, device, clips = subject
+    if clips:
+        return validate_clips(args, model, param_count, data_config, device, corrupt)
     dataset = open_dataset(args, args.split, data_config['input_size'][0], num_samples=args.num_samples)
     loader = create_loader(
         dataset,
@@ -177,6 +210,8 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         distributed=args.distributed,
         device=device,
     )
+    if corrupt is not None:
+        insert_corruption(dataset, corrupt)
     metrics = evaluate(
         model,
         show_progress(loader, len(loader), args.model, args.log_freq),
@@ -218,11 +253,13 @@ def validate_clips(
         param_count: int,
         data_config: Dict[str, Any],
         device: torch.device,
+        corrupt: Optional[Corrupt],
 ) -> Dict[str, Any]:
-    """`validate` on videos."""
+    """`measure` on videos."""
     reader = create_reader(args, args.split, known_classes(args, model))
     check_classes(reader, model.num_classes)
     loader = create_eval_loader(args, reader, data_config, device, args.batch_size)
+    loader.dataset.corrupt = corrupt
     batches = show_progress(loader, len(loader), args.model, args.log_freq, 'clips')
     if args.channels_last:
         batches = ((channels_last(input), tags) for input, tags in batches)
@@ -257,7 +294,7 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def validate_within_memory(args: argparse.Namespace) -> Dict[str, Any]:
+def validate_within_memory(args: argparse.Namespace, validate: Callable = validate) -> Any:
     """`validate`, again with a smaller batch each time memory runs out."""
     batch_size = args.batch_size
     while True:
@@ -309,6 +346,27 @@ def write_results(path: str, results: List[Dict[str, Any]], format: str) -> None
             write_rows(f, results)
 
 
+def finish(args: argparse.Namespace, results: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """End as timm's script ends, for the tools that read it there."""
+    if args.primary:
+        print(f'--result\n{json.dumps(results if len(results) > 1 else results[0], indent=4)}')
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+    return results
+
+
+def validate_corrupted(args: argparse.Namespace, jobs: List[Dict[str, str]]) -> List[Dict[str, Any]]:
+    """Measure models on corrupted data; returns a row of results for each model, corruption and severity."""
+    try:
+        args.results = read_results(args.results_file)
+        for job in jobs:
+            validate_within_memory(
+                argparse.Namespace(**{**vars(args), **job}), lambda args: measure_corrupted(args, load, measure))
+    except UsageError as e:
+        sys.exit(str(e))
+    return report(args)
+
+
 def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[Dict[str, Any]]:
     """Validate as the command line says; returns a row of results for each model, best first."""
     setup_logging()
@@ -320,6 +378,8 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[D
     jobs = find_models(args)
     if args.scores_file and len(jobs) > 1:
         sys.exit(f'--scores-file: got {len(jobs)} models, needs one')
+    if args.imagenet_c or args.corruptions:
+        return finish(args, validate_corrupted(args, jobs))
     results, failed = [], []
     for job in jobs:
         try:
@@ -338,11 +398,7 @@ def main(argv: Optional[List[str]] = None, prog: Optional[str] = None) -> List[D
             _logger.info(f" * Acc@1 {r['top1']:.3f} Acc@5 {r['top5']:.3f}  {r.get('checkpoint') or r['model']}")
     if args.results_file and args.primary:
         write_results(args.results_file, results, args.results_format)
-    # as timm's script ends, for the tools that read it there
-    if args.primary:
-        print(f'--result\n{json.dumps(results if len(jobs) > 1 else results[0], indent=4)}')
-    if args.distributed:
-        torch.distributed.destroy_process_group()
+    finish(args, results)
     if failed:
         sys.exit(f'{len(failed)} of {len(jobs)} models failed')
     return results
