@@ -408,6 +408,8 @@ def check_fsdp(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(
             f'--kd-distill-type {args.kd_distill_type}: trains a projection besides the model, which --fsdp does not '
             f'shard; needs logit or token')
+    if args.clip_grad and args.clip_mode == 'agc':
+        parser.error('--clip-mode agc: does not go with --fsdp, takes norms of parts of weights; needs norm or value')
     if args.dry_run is None and not utils.is_distributed_env():
         parser.error('--fsdp: got one process, needs several by torchrun')
 

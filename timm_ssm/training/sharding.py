@@ -96,6 +96,9 @@ def load_whole_model(task: TrainingTask, state_dict: Dict[str, torch.Tensor], em
 
 def load_whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Each process takes its shards of a whole state."""
+    if not state['state']:  # as of SGD without momentum: there is nothing to shard, which PyTorch takes for an error
+        optimizer.load_state_dict(state)
+        return
     names = {id(p): name for name, p in model.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group['params']]
     named = dict(
