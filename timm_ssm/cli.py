@@ -124,6 +124,12 @@ def _plot(args: argparse.Namespace) -> None:
     print(f'{path}: open it in a browser' if path.endswith('.html') else path)
 
 
+def _app(args: argparse.Namespace) -> None:
+    from .app import serve
+
+    serve(args.model, args.host, args.port, args.device)
+
+
 def _env(args: argparse.Namespace) -> None:
     from . import env
 
@@ -241,6 +247,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--columns', nargs='+', default=(), metavar='NAME',
         help='columns of tables (default: top-1 and top-5 of results, all of others)')
+
+    p = command('app', _app, 'open a page to try models on images and clips in a browser')
+    p.add_argument(
+        '--model', nargs='+', default=(), metavar='NAME',
+        help="to offer first: pretrained tag, 'hf-hub:owner/name', converted folder, or checkpoint of train")
+    p.add_argument('--host', help='address to listen on (default: $GRADIO_SERVER_NAME, or 127.0.0.1)')
+    p.add_argument('--port', type=int, metavar='N', help='port (default: the first free one from 7860)')
+    p.add_argument('--device', default='cpu', help='device (default: cpu)')
 
     command('env', _env, 'print versions, and which backends run here and why')
     return root

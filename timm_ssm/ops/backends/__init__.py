@@ -4,7 +4,8 @@
 """
 import os
 import warnings
-from typing import Dict, List, Union
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Set, Union
 
 from ..calls import ConvCall, ScanCall
 from .base import Backend
@@ -43,17 +44,33 @@ def select_backend(call: Union[ScanCall, ConvCall], backend: str = '') -> Backen
         if reason:
             asked_by = f'backend={backend}' if backend else f'TIMM_SSM_BACKEND={FORCED}'
             raise RuntimeError(f'{asked_by} cannot serve this call: {reason}')
-        return BACKENDS[name]
-    reasons = {}
-    for name in PREFERENCE.get(call.input.device.type, ()):
-        reasons[name] = _why_not(BACKENDS[name], call)
-        if not reasons[name]:
-            break
     else:
-        name = 'eager'
-    if name == 'eager':
-        _warn_if_slow(call, reasons)
+        reasons = {}
+        for name in PREFERENCE.get(call.input.device.type, ()):
+            reasons[name] = _why_not(BACKENDS[name], call)
+            if not reasons[name]:
+                break
+        else:
+            name = 'eager'
+        if name == 'eager':
+            _warn_if_slow(call, reasons)
+    if _used is not None:
+        _used.add(name)
     return BACKENDS[name]
+
+
+_used: Optional[Set[str]] = None
+
+
+@contextmanager
+def used_backends() -> Iterator[Set[str]]:
+    """Within the context the set of the backends that have run calls, by name; not to be nested."""
+    global _used
+    _used = set()
+    try:
+        yield _used
+    finally:
+        _used = None
 
 
 def _why_not(backend: Backend, call: Union[ScanCall, ConvCall]) -> str:

@@ -1,0 +1,4 @@
+"""The Space: the page of timm-ssm."""
+from timm_ssm.app import serve
+
+serve()
