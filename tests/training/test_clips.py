@@ -19,6 +19,7 @@ from timm_ssm.hub.classify import class_names, classify, load_model
 from timm_ssm.hub.convert import convert
 from timm_ssm.training import train, validate
 from timm_ssm.training.data import resolve_data
+from timm_ssm.training.tasks import TokenAlignmentTask
 
 from ..data.videos import write_dataset
 from .utils import ROOT, assert_same_run, crash_at_step, initial_weights, load, summary, torchrun
@@ -283,6 +284,32 @@ def test_distillation_from_a_teacher_of_clips(videos, tmp_path, monkeypatch):
     assert not torch.equal(a, b) and any(
         torch.allclose(pixels(a, *first), pixels(b, *second), atol=1e-4)
         for first, second in ((ours, theirs), (theirs, ours)))
+
+
+def test_alignment_with_a_teacher_of_larger_clips_resumes(videos, tmp_path, monkeypatch):
+    """Clips of another size and normalisation."""
+    kwargs = dict(SMALL, embed_dim=24, num_frames=4, img_size=48, num_classes=2)
+    teacher = timm.create_model('videomamba_tiny_patch16_f8_224', **kwargs)
+    teacher.pretrained_cfg.update(mean=(.1, .2, .3), std=(.5, .6, .7))
+    save_for_hf(teacher, str(tmp_path / 'teacher'), model_args=kwargs)
+    seen, forward = [], type(teacher).forward_features
+
+    def spying(self, x):
+        seen.append(x.detach()) if self.embed_dim == 24 else None
+        return forward(self, x)
+
+    flags = [
+        *BUSY, '--amp', '--amp-dtype', 'bfloat16', '--kd-model-name', f'local-dir:{tmp_path}/teacher',
+        '--kd-distill-type', 'alignment', '--epochs', 2, '--recovery-interval', 1, '--resume', 'auto']
+    with monkeypatch.context() as patch:
+        patch.setattr(type(teacher), 'forward_features', spying)
+        whole = run(videos, tmp_path / 'a', *flags)
+    assert len(seen) == 6 and {x.shape[1:] for x in seen} == {(3, 4, 48, 48)}
+    with monkeypatch.context() as patch:
+        crash_at_step(patch, 5, TokenAlignmentTask)
+        with pytest.raises(RuntimeError, match='power cut'):
+            run(videos, tmp_path / 'b', *flags)
+    assert_same_run(whole, run(videos, tmp_path / 'b', *flags))
 
 
 def test_single_frames_of_videos_train_an_image_model(videos, tmp_path):

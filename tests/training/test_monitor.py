@@ -138,6 +138,8 @@ class TestSpikes:
         folder = run(digits, tmp_path / 'b', *self.FLAGS, '--on-spike', 'rollback', '--stop-epoch', 3)
         after = load(folder / 'last.pth.tar')
         assert all(torch.equal(v, before['state_dict'][k]) for k, v in after['state_dict'].items())
+        momenta = [[s['momentum_buffer'] for s in state['optimizer']['state'].values()] for state in (before, after)]
+        assert momenta[0] and all(torch.equal(a, b) for a, b in zip(*momenta))
         assert 'Back to' in caplog.text and after['epoch'] == 2
 
     def test_resumes_bit_for_bit(self, digits, tmp_path, monkeypatch):
