@@ -171,8 +171,9 @@ class TestHardDistillation:
         expected = (F.cross_entropy(one, target) + F.cross_entropy(other, classes)) / 2
         assert torch.allclose(task(x, target)['loss'], expected, rtol=1e-5)
 
-    @pytest.mark.parametrize(
-        'flags', [[], pytest.param(AMP, marks=pytest.mark.slow)], ids=['float32', 'bfloat16'])
+    @pytest.mark.parametrize('flags', [
+        [], pytest.param(AMP, marks=pytest.mark.slow),
+        pytest.param(['--torchcompile', 'aot_eager'], marks=pytest.mark.slow)], ids=['float32', 'bfloat16', 'compiled'])
     def test_groupmamba_learns_from_any_teacher(self, digits, tmp_path, monkeypatch, vit_teacher, flags):
         assert_resumes(
             digits, tmp_path, monkeypatch, TokenDistillationTask, 1, *HARD, '--kd-model-name', vit_teacher, *flags)
