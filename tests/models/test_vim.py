@@ -57,6 +57,25 @@ def test_other_input_sizes(img_size):
     assert torch.equal(loaded.pos_embed[:, 0], weights['pos_embed'][:, 8])  # the middle of 16 patches
 
 
+@pytest.mark.parametrize('weight_init', ['', 'mamba'])
+def test_released_initialisation(weight_init):
+    """The authors zero the biases of the reverse step sizes alone, and leave Mamba's projections as they are."""
+    model = small(depth=4, embed_dim=64, weight_init=weight_init)
+    for block in model.blocks:
+        mixer = block.mixer
+        for proj, zero in ((mixer.dt_proj, False), (mixer.dt_proj_b, not weight_init)):
+            dt = torch.nn.functional.softplus(proj.bias)
+            assert (proj.bias == 0).all() if zero else 1e-3 * .99 <= dt.min() < dt.max() <= .1 * 1.01
+        for proj in (mixer.in_proj, mixer.x_proj, mixer.x_proj_b, mixer.dt_proj, mixer.dt_proj_b):
+            bound = proj.in_features ** -.5
+            assert .9 * bound < proj.weight.abs().max() <= bound
+        bound = 128 ** -.5 / 4 ** .5  # over sqrt(depth)
+        assert .9 * bound < mixer.out_proj.weight.abs().max() <= bound
+    assert abs(model.cls_token.std().item() / .02 - 1) < .3
+    assert abs(model.patch_embed.proj.weight.std().item() * (3 * 8 * 8) ** .5 - 1) < .1
+    assert (model.patch_embed.proj.bias == 0).all()
+
+
 def test_own_checkpoint_keeps_its_rows():
     model, _, _ = reference_model()
     again = small()

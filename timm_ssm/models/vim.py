@@ -5,17 +5,20 @@ Paper: `Vision Mamba: Efficient Visual Representation Learning with Bidirectiona
 
 Authors' code and weights: https://github.com/hustvl/Vim (Apache-2.0)
 
-VideoMamba's image model, with three differences: the class token stands in the middle of the sequence, the two
-directions of the mixer are averaged, and patches may overlap. This is an implementation from the paper; parameter
-values are those of the authors' checkpoints, names follow timm.
+VideoMamba's image model, with four differences: the class token stands in the middle of the sequence, the two
+directions of the mixer are averaged, patches may overlap, and the projections of the mixers, the step sizes of the
+forward direction among them, keep the initialisation that Mamba gives them. This is an implementation from the paper;
+parameter values are those of the authors' checkpoints, names follow timm.
 """
 from functools import partial
 from typing import Any, Dict
 
 import torch
+from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+from torch import nn
 
-from ..layers import BiMamba, scan
+from ..layers import BiMamba, init_dt, scan, scan_mixers
 from ._builder import build_model_with_cfg
 from ._checkpoints import StateDict, unwrap_state_dict
 from ._isotropic import IsotropicMamba, MambaBlock, class_token_first, isotropic_cfg
@@ -42,6 +45,28 @@ class Vim(IsotropicMamba):
     def __init__(self, *args, **kwargs) -> None:
         """Take the arguments of `IsotropicMamba`."""
         super().__init__(*args, block_fn=partial(MambaBlock, mixer_layer=VimMixer), **kwargs)
+
+    @torch.jit.ignore
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise all parameters.
+
+        Args:
+            mode: As the constructor's weight_init; '' to take that. The authors' code gives Mamba's step sizes to the
+                forward direction, and zero biases to the reverse one.
+            needs_reset: As of `IsotropicMamba`.
+        """
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.cls_token, std=.02)
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for mixer in scan_mixers(self).values():
+            for proj in (mixer.in_proj, mixer.x_proj, mixer.x_proj_b, mixer.dt_proj, mixer.dt_proj_b):
+                proj.reset_parameters()  # PyTorch's, as Mamba's
+            init_dt(mixer.dt_proj)
+            if (mode or self.weight_init_mode) == 'mamba':
+                init_dt(mixer.dt_proj_b)
+            else:
+                nn.init.zeros_(mixer.dt_proj_b.bias)
 
     def _arrange(self, x: torch.Tensor) -> torch.Tensor:
         middle = (x.shape[1] - 1) // 2
