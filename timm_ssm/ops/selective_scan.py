@@ -281,7 +281,8 @@ def _autograd(ctx, grad_outs: List[Optional[torch.Tensor]]):
     if not ctx.saved:
         raise RuntimeError('selective_scan: got save=False, needs save=True to be differentiated')
     count = len(ctx.call.tensors())
-    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    tensors = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+    tensors, saved = tensors[:count], tensors[count:]
     grads = [None] * count
     if grad_out is not None:
         grads = _op_backward(*ctx.call.with_tensors(tensors), grad_out, saved, ctx.backend)
