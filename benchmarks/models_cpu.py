@@ -1,4 +1,4 @@
-"""VideoMamba against DeiT of the same size on the CPU, and the memory of a training step.
+"""Models against timm's of the same size on the CPU, and the memory of a training step.
 
     python benchmarks/models_cpu.py [--seconds 20]
 
@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Iterator, List
+from typing import Callable, Iterator, List, NamedTuple
 
 import timm
 import torch
@@ -18,15 +18,28 @@ from harness import Row, process_memory, report, time_in_turns
 
 import timm_ssm  # noqa: F401, registers the models
 
-#: ours, timm's, image size, batch size, goal, stretch
-PAIRS = [
-    ('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 224, 1, .65, .80),
-    ('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 224, 8, .60, .75),
-    ('videomamba_small_patch16_224', 'deit_small_patch16_224', 224, 1, .70, .85),
-    ('videomamba_small_patch16_224', 'deit_small_patch16_224', 224, 8, .70, .85),
-    ('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 576, 1, 1.2, None),
-]
 
+class Pair(NamedTuple):
+    """Two models to compare by images/s, of a forward pass or of a training step."""
+    ours: str
+    theirs: str
+    size: int
+    batch: int
+    goal: float
+    stretch: float
+    training: bool = False
+
+
+PAIRS = [
+    Pair('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 224, 1, .70, .85),
+    Pair('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 224, 8, .70, .85),
+    Pair('videomamba_small_patch16_224', 'deit_small_patch16_224', 224, 1, .75, .90),
+    Pair('videomamba_small_patch16_224', 'deit_small_patch16_224', 224, 8, .78, .90),
+    Pair('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 576, 1, 1.25, 1.5),
+    Pair('mambavision_tiny', 'swin_tiny_patch4_window7_224', 224, 8, 1.2, 1.4),
+    Pair('groupmamba_tiny', 'swin_tiny_patch4_window7_224', 224, 8, .5, .7),
+    Pair('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224', 224, 16, .55, .7, training=True),
+]
 
 #: The GNU C library may return freed memory to the system, depending on what a process did before, and getting it back
 #: can take as long as the computation. With these it keeps it, as jemalloc and tcmalloc do.
@@ -42,22 +55,36 @@ def run_alone(*args: object, **env: str) -> List[float]:
     return [float(word) for word in run.stdout.split()]
 
 
-def time_pair(index: int, seconds: float) -> List[float]:
+def time_pair(pair: Pair, seconds: float) -> List[float]:
     """Seconds that our model and timm's take for a batch."""
-    *names, size, batch, _, _ = PAIRS[index]
-    x = torch.randn(batch, 3, size, size)
-    models = {name: timm.create_model(name, img_size=size).eval() for name in names}
-    with torch.inference_mode():
-        times = time_in_turns({name: lambda model=model: model(x) for name, model in models.items()}, seconds)
+    x = torch.randn(pair.batch, 3, pair.size, pair.size)
+
+    def prepare(name: str) -> Callable[[], object]:
+        model = timm.create_model(name, **{} if pair.size == 224 else dict(img_size=pair.size))
+        if not pair.training:
+            return torch.inference_mode()(lambda model=model.eval(): model(x))
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step():
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), torch.zeros(pair.batch, dtype=torch.long)).backward()
+            optimizer.step()
+        return step
+
+    names = (pair.ours, pair.theirs)
+    times = time_in_turns({name: prepare(name) for name in names}, seconds)
     return [times[name] for name in names]
 
 
 def speed_rows(seconds: float) -> Iterator[Row]:
-    for index, (ours, theirs, size, batch, goal, stretch) in enumerate(PAIRS):
+    for index, pair in enumerate(PAIRS):
         for title, env in (('', KEEP_MEMORY), (', default malloc', {})):
             t_ours, t_theirs = run_alone('--pair', index, '--seconds', seconds, **env)
-            yield Row(f'{ours} / {theirs}, {size} x {size}, batch {batch}{title}', t_theirs / t_ours, goal, stretch,
-                      detail=f'{batch / t_ours:.1f} against {batch / t_theirs:.1f} images/s')
+            what = 'training step, ' if pair.training else ''
+            yield Row(
+                f'{pair.ours} / {pair.theirs}, {what}{pair.size} x {pair.size}, batch {pair.batch}{title}',
+                t_theirs / t_ours, pair.goal, pair.stretch,
+                detail=f'{pair.batch / t_ours:.1f} against {pair.batch / t_theirs:.1f} images/s')
 
 
 def train_step(how: str) -> int:
@@ -107,7 +134,7 @@ def main():
     parser.add_argument('--step', help=argparse.SUPPRESS)  # print one step's memory
     args = parser.parse_args()
     if args.pair is not None:
-        print(*time_pair(args.pair, args.seconds))
+        print(*time_pair(PAIRS[args.pair], args.seconds))
     elif args.step:
         print(train_step(args.step))
     else:

@@ -55,7 +55,7 @@ def style() -> Any:
     return matplotlib.rc_context(RC)
 
 
-def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (9., 3.5), **kwargs) -> Tuple[Figure, Any]:
+def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (9., 3.5), **kwargs: Any) -> Tuple[Figure, Any]:
     """A figure that no window or global state knows of, and its axes as `Figure.subplots` returns them.
 
     Args:
