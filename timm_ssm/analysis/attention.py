@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..layers.mixer import ScanInputs, ScanMixer
+from ..layers.mixer import ScanInputs, ScanMixer, step_sizes
 from ..layers.ssm import at_least_float32
 from ..models.spatialmamba import SpatialMambaMixer
 
@@ -70,10 +70,11 @@ class _Scan(NamedTuple):
 
 
 def _in_scan_order(s: ScanInputs) -> _Scan:
-    delta, B, C = (at_least_float32(x).flip(1) if s.reverse else at_least_float32(x) for x in (s.delta, s.B, s.C))
-    if B.ndim == 4:
-        raise ValueError(f'B: got shape {tuple(B.shape)}, needs (batch, length, states): one group of channels')
-    dt = F.softplus(delta + s.delta_bias)
+    if s.B.ndim == 4:
+        raise ValueError(f'B: got shape {tuple(s.B.shape)}, needs (batch, length, states): one group of channels')
+    dt, B, C = step_sizes(s), at_least_float32(s.B), at_least_float32(s.C)
+    if s.reverse:
+        dt, B, C = dt.flip(1), B.flip(1), C.flip(1)
     return _Scan(dt, dt.double().cumsum(1), s.A.to(dt.dtype), B, C)
 
 

@@ -1,6 +1,5 @@
 """`timm-ssm analyse`: each analysis from files to a picture, a table and the command that made them."""
 import argparse
-import csv
 import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -12,6 +11,8 @@ from torch import nn
 
 from ..hub.classify import class_names, create_opener, find_files, load_model, takes
 from ..plot.style import save, style
+from ..training.evaluation import evaluating
+from ..training.log import write_rows
 from . import figures
 from .attention import hidden_attention
 from .faithfulness import Curves, deletion_insertion, grad_cam
@@ -19,7 +20,7 @@ from .field import field_sizes, receptive_field
 from .figures import Panel
 from .frequency import FACTORS, frequency_sensitivity
 from .overlay import overlay, to_pixels
-from .record import evaluating, is_scan, record
+from .record import is_scan, record
 from .rollout import rollout
 from .steps import delta_maps, half_lives
 from .tokens import TokenLayout
@@ -195,8 +196,6 @@ def run(args: argparse.Namespace) -> List[str]:
     with style():
         save(drawn, picture)
     with open(picture.with_suffix('.csv'), 'w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(f, rows)
     picture.with_suffix('.sh').write_text(f'{shlex.join(["timm-ssm", *args.argv])}\n', encoding='utf-8')
     return [str(picture.with_suffix(suffix)) for suffix in (picture.suffix, '.csv', '.sh')]

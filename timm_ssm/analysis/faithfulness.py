@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..training.evaluation import evaluating
 from .overlay import to_size
-from .record import Record, evaluating
+from .record import Record
 from .tokens import TokenLayout
 
 

@@ -4,7 +4,7 @@ from typing import List
 import torch
 from torch import nn
 
-from .record import evaluating
+from ..training.evaluation import evaluating
 
 
 def receptive_field(model: nn.Module, x: torch.Tensor, seed: int = 0) -> torch.Tensor:

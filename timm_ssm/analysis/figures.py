@@ -20,12 +20,14 @@ class Panel(NamedTuple):
     pixels: np.ndarray
 
 
+def _join(frames: np.ndarray) -> np.ndarray:
+    """Frames of a clip (T, H, W, ...) beside each other, of many only some."""
+    shown = np.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES)).round().astype(int)
+    return np.concatenate(list(frames[shown]), axis=1)
+
+
 def _show(ax: Axes, panel: Panel) -> None:
-    pixels = panel.pixels
-    if pixels.ndim == 4:
-        shown = np.linspace(0, len(pixels) - 1, min(len(pixels), MAX_FRAMES)).round().astype(int)
-        pixels = np.concatenate(list(pixels[shown]), axis=1)
-    ax.imshow(pixels)
+    ax.imshow(_join(panel.pixels) if panel.pixels.ndim == 4 else panel.pixels)
     ax.set_title(panel.title)
     ax.set_axis_off()
 
@@ -121,10 +123,7 @@ def draw_deltas(pixels: np.ndarray, steps: Dict[str, Steps], shown: int = 6) -> 
         for d in range(steps[name].maps.shape[1]):
             ax = axes[1 + i * directions + d, 0] if clip else axes[d, 1 + i]
             values = steps[name].maps[0, d].cpu().numpy()
-            if clip:
-                kept = np.linspace(0, len(values) - 1, min(len(values), MAX_FRAMES)).round().astype(int)
-                values = np.concatenate(list(values[kept]), axis=1)
-            ax.imshow(values)
+            ax.imshow(_join(values) if clip else values)
             ax.set_title(f'mixer {names.index(name)}, direction {d}', fontsize='small')
     ax = chart.subplots()
     x = np.arange(len(names))

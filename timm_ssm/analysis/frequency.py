@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .record import evaluating
+from ..training.evaluation import evaluating
 
 FACTORS = (1, 2, 5, 10, 15, 20, 25, 30)
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ..layers.mixer import ScanMixer
+from ..training.evaluation import evaluating
 
 
 class Record(NamedTuple):
@@ -54,21 +55,6 @@ def record(model: nn.Module, x: torch.Tensor, wanted: Callable[[nn.Module], bool
         for hook in hooks:
             hook.remove()
     return records
-
-
-class evaluating:
-    """A context in which a model is in eval mode."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.modes = {module: module.training for module in model.modules()}
-
-    def __enter__(self) -> nn.Module:
-        return self.model.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        for module, training in self.modes.items():
-            module.training = training
 
 
 def attention_of(record: Record) -> torch.Tensor:

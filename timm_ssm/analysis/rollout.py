@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..training.evaluation import evaluating
 from .attention import hidden_attention
-from .record import Record, attention_of, evaluating, is_scan, mixes_tokens, record
+from .record import Record, attention_of, is_scan, mixes_tokens, record
 from .tokens import TokenLayout, join_windows, split_windows
 
 

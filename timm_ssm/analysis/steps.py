@@ -3,18 +3,12 @@ import math
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..layers.mixer import ScanInputs
-from ..layers.ssm import at_least_float32
-from .record import Record, evaluating, is_scan, record
+from ..layers.mixer import ScanInputs, step_sizes
+from ..training.evaluation import evaluating
+from .record import Record, is_scan, record
 from .tokens import TokenLayout
-
-
-def step_sizes(s: ScanInputs) -> torch.Tensor:
-    """dt of one direction (B, L, D)."""
-    return F.softplus(at_least_float32(s.delta) + s.delta_bias)
 
 
 def _scans(model: nn.Module, x: torch.Tensor) -> Iterator[Tuple[TokenLayout, Record, List[ScanInputs]]]:

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import bidirectional_selective_scan, selective_scan
@@ -27,6 +28,11 @@ class ScanInputs(NamedTuple):
     residual: bool = False
     mask_diagonal: bool = False
     bypass: Optional[torch.Tensor] = None  # what the mixer joins to the scan's result by itself, if anything
+
+
+def step_sizes(s: ScanInputs) -> torch.Tensor:
+    """dt of one direction (B, L, D), in float32 at least."""
+    return F.softplus(at_least_float32(s.delta) + s.delta_bias)
 
 
 class ScanMixer(nn.Module):

@@ -1,10 +1,22 @@
 """The accuracy of a model."""
-from contextlib import nullcontext
-from typing import Callable, Dict, Iterable, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Callable, Dict, Iterable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in eval mode; then each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def evaluate(

@@ -7,13 +7,13 @@ from collections import deque
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..layers.mixer import ScanInputs, scan_mixers
+from ..layers.mixer import ScanInputs, scan_mixers, step_sizes
 from ..ops import selective_scan
 from .checkpoints import atomic_write
+from .evaluation import evaluating
 from .sharding import gathered, named_blocks
 
 MAX_TOKENS = 1024  # of a scan whose states are looked at
@@ -163,14 +163,10 @@ class Monitor:
 
         hooks = [block.register_forward_hook(see_block(name)) for name, block in self.blocks.items()]
         hooks += [mixer.register_forward_pre_hook(see_mixer(name)) for name, mixer in self.mixers.items()]
-        modes = {module: module.training for module in self.model.modules()}
         try:
-            self.model.eval()
-            with autocast():
+            with evaluating(self.model), autocast():
                 self.model(input)
         finally:
-            for module, training in modes.items():
-                module.training = training
             for hook in hooks:
                 hook.remove()
         self.row.update({name: float(value) for name, value in found.items()})
@@ -188,7 +184,7 @@ def norm(tensors: List[Optional[torch.Tensor]]) -> float:
 def scan_statistics(s: ScanInputs) -> Dict[str, torch.Tensor]:
     """Ranges of dt, exp(dt A) and the state of one direction, of one sample."""
     n = s.A.shape[1]
-    dt = F.softplus(s.delta.float() + s.delta_bias.float())
+    dt = step_sizes(s)
     low, high = dt.amin((0, 1))[:, None], dt.amax((0, 1))[:, None]
     decays = torch.cat([low * s.A, high * s.A]).exp()  # exp is monotonous: the extremes are at those of dt
     keep = slice(-MAX_TOKENS, None) if s.reverse else slice(MAX_TOKENS)

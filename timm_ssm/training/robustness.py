@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES, Corrupt, corruptions_of
 from .arguments import UsageError
 from .checkpoints import atomic_write
+from .log import write_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -146,9 +147,7 @@ def read_results(path: str) -> List[Row]:
 
 def write_results(path: str, rows: List[Row]) -> None:
     with atomic_write(path, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(f, rows)
 
 
 def corruption_errors(rows: List[Row]) -> Dict[str, float]:
