@@ -19,7 +19,7 @@ from .monitor import Monitor, Spiked, SpikeDetector
 from .optim import create_autocast, create_loss_scaler, plateau_state
 from .processes import Stopped, StopSignal
 from .sharding import load_whole_model, local, whole_state
-from .sizes import loss_scale
+from .sizes import create_loss_scale
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Trainer:
         self.batches = batches
         self.autocast = create_autocast(args)
         self.loss_scaler = create_loss_scaler(args)
+        self.loss_scale = create_loss_scale(args)
         self.monitor: Optional[Monitor] = None  # of the first process
         self.picture_folder: Optional[str] = None  # of the first process, for --save-images
         self.watching = False  # the monitor is to see the next step
@@ -133,7 +134,7 @@ class Trainer:
             # the step is not taken, see `step`; for the mean of the epoch it is as if the batch had a usual loss
             return loss.detach().new_tensor(statistics.median(self.spikes.losses))
         create_graph = getattr(self.optimizer, 'is_second_order', False)
-        accumulated /= loss_scale(self.args, len(input))
+        accumulated /= self.loss_scale(len(input))
         self.loss_scaler.scale(loss / accumulated).backward(create_graph=create_graph)
         return loss.detach()
 

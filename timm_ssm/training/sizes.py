@@ -109,7 +109,10 @@ def largest_batch(args: argparse.Namespace, shape: Tuple[int, ...]) -> Tuple[int
     return samples, (shape[0], size, size)
 
 
-def loss_scale(args: argparse.Namespace, batch_size: int) -> float:
-    """Factor of the gradient of a batch."""
+def create_loss_scale(args: argparse.Namespace) -> Callable[[int], float]:
+    """The factor of the gradient of a batch, by the number of its samples."""
     power = dict(none=0., sqrt=0.5, linear=1.)[args.variable_batch_loss_scale]
-    return (batch_size / mean_batch_size(args)) ** power if power and args.train_img_sizes else 1.
+    if not power or not args.train_img_sizes:
+        return lambda batch_size: 1.
+    mean = mean_batch_size(args)
+    return lambda batch_size: (batch_size / mean) ** power
