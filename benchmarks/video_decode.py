@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_ssm.data import FrameSampler, Video, create_train_transform
 from timm_ssm.data.decode import load_index, scan, why_unavailable
+from timm_ssm.data.encode import write_clip
 
 FRAMES, FPS = 300, 30
 
@@ -42,14 +43,10 @@ def write_videos(folder: Path, width: int, height: int, count: int) -> List[str]
             photo = photo.transpose(Image.FLIP_LEFT_RIGHT)
         pixels = np.asarray(photo)
         path = str(folder / f'{width}_{i}.mp4')
-        with av.open(path, 'w') as container:
-            stream = container.add_stream('libx264', rate=FPS, options=dict(preset='fast'))
-            stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
-            for t in range(FRAMES):
-                x, y = (int(length * (1 + np.sin(t / 40 + i + k)) / 8) for k, length in enumerate((width, height)))
-                frame = np.ascontiguousarray(pixels[y:y + height, x:x + width])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
-            container.mux(stream.encode())
+        corners = (
+            [int(length * (1 + np.sin(t / 40 + i + k)) / 8) for k, length in enumerate((width, height))]
+            for t in range(FRAMES))
+        write_clip(path, (pixels[y:y + height, x:x + width] for x, y in corners), rate=FPS, preset='fast')
         paths.append(path)
     return paths
 

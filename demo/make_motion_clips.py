@@ -15,12 +15,13 @@ import argparse
 import math
 from pathlib import Path
 
-import av
 import numpy as np
 import skimage.data
 import torch
 from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
+
+from timm_ssm.data.encode import write_clip
 
 FRAMES, SIZE = 8, 32
 CLASSES = ('forward', 'backward')
@@ -61,16 +62,6 @@ def render(photo: torch.Tensor, motion: str, rng: np.random.Generator, size: int
     return (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def write_clip(path: Path, frames: np.ndarray) -> None:
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('libx264', rate=FRAMES, options=dict(crf='18', preset='veryfast'))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = 'yuv420p'
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
-        container.mux(stream.encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
@@ -87,7 +78,7 @@ def main() -> None:
             path = args.folder / 'motions' / split / name / f'{motion}_{i:05}.mp4'
             path.parent.mkdir(parents=True, exist_ok=True)
             frames = render(photos[number], motion, rng)
-            write_clip(path, frames if name == 'forward' else frames[::-1])
+            write_clip(path, frames if name == 'forward' else frames[::-1], rate=FRAMES, crf='18', preset='veryfast')
             if split == 'train':
                 lines.append(f'../{path.relative_to(args.folder)} {photographs[number]}\n')
     (args.folder / 'photographs').mkdir()

@@ -16,7 +16,7 @@ DISTRIBUTIONS = dict(PIL='pillow', yaml='pyyaml', onnx_ir='onnx-ir', skimage='sc
 OPTIONAL = {'triton', 'torchcodec', 'wandb', 'datasets'}
 
 # modules and packages that are imported inside functions, and may import extras as soon as they are
-INSIDE = {'onnx_ops.py', 'app', 'command.py', 'figures.py', 'plot'}
+INSIDE = {'onnx_ops.py', 'app', 'command.py', 'encode.py', 'figures.py', 'plot'}
 
 
 def names(requirements):

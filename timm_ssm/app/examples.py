@@ -2,10 +2,11 @@
 from pathlib import Path
 from typing import Dict, List
 
-import av
 import numpy as np
 import skimage.data
 from PIL import Image
+
+from ..data.encode import write_clip
 
 PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket')  # in the public domain, or given to it
 FRAMES, STEP = 32, 6  # of the clip, and pixels from one to the next
@@ -18,16 +19,11 @@ def write_examples(folder: Path) -> Dict[str, List[str]]:
     for path in images:
         Image.fromarray(getattr(skimage.data, path.stem)()).save(path, quality=90)
     clip = folder / 'pan.mp4'
-    write_pan(clip, skimage.data.coffee())
+    write_clip(clip, pan(skimage.data.coffee()), rate=16, crf='23')
     return dict(image=[str(path) for path in images], video=[str(clip)])
 
 
-def write_pan(path: Path, photograph: np.ndarray) -> None:
-    height = width = min(photograph.shape[0], photograph.shape[1] - (FRAMES - 1) * STEP) // 2 * 2
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('libx264', rate=16, options=dict(crf='23'))
-        stream.height, stream.width, stream.pix_fmt = height, width, 'yuv420p'
-        for i in range(FRAMES):
-            frame = np.ascontiguousarray(photograph[:height, STEP * i:STEP * i + width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
-        container.mux(stream.encode())
+def pan(photograph: np.ndarray) -> List[np.ndarray]:
+    """Square frames, each further to the right."""
+    side = min(photograph.shape[0], photograph.shape[1] - (FRAMES - 1) * STEP) // 2 * 2
+    return [photograph[:side, STEP * i:STEP * i + side] for i in range(FRAMES)]

@@ -297,18 +297,14 @@ def _video_compression(x: torch.Tensor, severity: int, generator: torch.Generato
     """Encoding as H.264 of a low quality, and decoding."""
     import av
 
+    from .encode import write_clip
+
     height, width = x.shape[-2:]
     x = F.pad(x, (0, width % 2, 0, height % 2), mode='replicate')  # which needs even sides
-    frames = (x * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    frames = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
     file = io.BytesIO()
-    with av.open(file, 'w', format='mp4') as container:
-        options = dict(crf=str((30, 35, 40, 45, 50)[severity]), preset='veryfast')
-        stream = container.add_stream('libx264', rate=25, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        stream.thread_count = 1  # the same file at any time
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
-        container.mux(stream.encode())
+    crf = str((30, 35, 40, 45, 50)[severity])
+    write_clip(file, frames, rate=25, crf=crf, preset='veryfast', threads='1')  # one thread: the same file at any time
     file.seek(0)
     with av.open(file) as container:
         decoded = np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
