@@ -1,7 +1,4 @@
 """Training in two processes."""
-import os
-import subprocess
-
 import pytest
 import timm
 import torch
@@ -9,19 +6,17 @@ import torch.nn.functional as F
 
 from .utils import (
     MODEL_KWARGS,
-    ROOT,
     assert_same_run,
     images_of,
     load,
+    run_worker,
     summary,
-    torchrun,
     train_by_hand,
 )
 
 # Run by torchrun in each of two processes: records what a process starts from, sees and ends with.
 WORKER = '''
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,12 +27,7 @@ from tests.training import utils
 from tests.training.utils import BUSY, SGD
 from timm_ssm.training import train
 
-digits, tmp_path = map(Path, sys.argv[1:])
-torch.set_num_threads(1)
-# one process group for all the runs below: the store of torchrun takes no second one
-init = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda **kwargs: torch.distributed.is_initialized() or init(**kwargs)
-torch.distributed.destroy_process_group = lambda: None
+digits, tmp_path = map(Path, utils.begin_worker())
 with pytest.MonkeyPatch.context() as monkeypatch:
     start, seen = utils.initial_weights(monkeypatch), utils.spy_on_batches(monkeypatch, digits)
     task = train.main([
@@ -60,10 +50,7 @@ utils.run(digits, tmp_path / 'nan', '--epochs', '1', '--lr', '1e30')
 
 
 def test_distributed(digits, tmp_path):
-    (tmp_path / 'worker.py').write_text(WORKER)
-    done = subprocess.run(
-        [*torchrun(), str(tmp_path / 'worker.py'), str(digits), str(tmp_path)],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = run_worker(WORKER, tmp_path, digits, tmp_path)
     assert done.stderr.count('Training stopped: the loss is') == 1 and done.returncode != 0, done.stderr[-3000:]
 
     # both start from the same weights, see one half of the images each epoch and end with the same weights

@@ -1,7 +1,4 @@
 """--fsdp against DistributedDataParallel, on two processes."""
-import os
-import subprocess
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,10 +6,9 @@ from safetensors.torch import load_file
 from timm_ssm.hub.convert import convert
 from timm_ssm.training.arguments import parse_args
 
-from .utils import ROOT, VIDEOMAMBA, assert_same_run, load, run, tensors, torchrun
+from .utils import VIDEOMAMBA, assert_same_run, load, run, run_worker, tensors
 
 WORKER = '''
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +17,7 @@ import torch
 from tests.training import utils
 from timm_ssm.training import train
 
-digits, tmp_path = map(Path, sys.argv[1:])
-torch.set_num_threads(1)
-# one process group for all the runs below: the store of torchrun takes no second one
-init = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda **kwargs: torch.distributed.is_initialized() or init(**kwargs)
-torch.distributed.destroy_process_group = lambda: None
+digits, tmp_path = map(Path, utils.begin_worker())
 
 
 def run(name, *flags):
@@ -40,10 +31,7 @@ def run(name, *flags):
 
 def launch(digits, tmp_path, script):
     """Run the end of a script in two processes."""
-    (tmp_path / 'worker.py').write_text(WORKER + script)
-    done = subprocess.run(
-        [*torchrun(), str(tmp_path / 'worker.py'), str(digits), str(tmp_path)],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = run_worker(WORKER + script, tmp_path, digits, tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
 
 

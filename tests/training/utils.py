@@ -1,6 +1,8 @@
 """Training on scikit-learn's digits."""
 import csv
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +131,24 @@ def initial_weights(monkeypatch):
 
     monkeypatch.setattr(train, 'create_task', recording)
     return weights
+
+
+def begin_worker():
+    """Begin a script of `run_worker`; returns its arguments."""
+    torch.set_num_threads(1)
+    # one process group for all the runs of a script: the store of torchrun takes no second one
+    init = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda **kwargs: torch.distributed.is_initialized() or init(**kwargs)
+    torch.distributed.destroy_process_group = lambda: None
+    return sys.argv[1:]
+
+
+def run_worker(script, tmp_path, *args):
+    """Run the text of a script in two processes."""
+    (tmp_path / 'worker.py').write_text(script)
+    return subprocess.run(
+        [*torchrun(), str(tmp_path / 'worker.py'), *map(str, args)],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
 
 
 def torchrun():
