@@ -1,6 +1,4 @@
 """`python -m timm_ssm.env`, and the warning before a slow path."""
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -13,9 +11,9 @@ from timm_ssm.ops import backends, selective_scan
 from .ops.utils import scan_inputs
 
 
-def test_env_names_versions_and_every_backend():
-    out = subprocess.run(
-        [sys.executable, '-m', 'timm_ssm.env'], check=True, capture_output=True, text=True).stdout
+def test_env_names_versions_and_every_backend(capsys):
+    env.main()
+    out = capsys.readouterr().out
     assert torch.__version__ in out
     lines = [line.split() for line in out.splitlines()]
     for name in (*backends.BACKENDS, *DECODERS):

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from timm_ssm.training.data import resolve_data
 from timm_ssm.training.tasks import TokenAlignmentTask
 
 from ..data.videos import write_dataset
-from .utils import ROOT, assert_same_run, crash_at_step, initial_weights, load, summary, torchrun
+from .utils import assert_same_run, crash_at_step, initial_weights, load, run_worker, summary
 
 SMALL = dict(embed_dim=16, depth=2)
 MODEL = [
@@ -108,14 +106,12 @@ def test_the_number_of_workers_changes_nothing(videos, tmp_path):
 
 
 WORKER = '''
-import sys
 import torch
+
+from tests.training.utils import begin_worker
 from timm_ssm.training import train, validate
-torch.set_num_threads(1)
-init = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda **kwargs: torch.distributed.is_initialized() or init(**kwargs)
-torch.distributed.destroy_process_group = lambda: None
-argv = sys.argv[1:]
+
+argv = begin_worker()
 cut = argv.index('VALIDATE')
 train.main(argv[:cut])
 torch.distributed.barrier()  # the first process has written the checkpoint
@@ -124,16 +120,12 @@ validate.main(argv[cut + 1:])
 
 
 def test_two_processes_train_and_count_each_video_once(videos, tmp_path):
-    (tmp_path / 'worker.py').write_text(WORKER)
     checkpoint = str(tmp_path / 'run/last.pth.tar')
     test = ['--test-num-segment', '2', '--test-num-crop', '3', '--device', 'cpu', '-b', '4', '--workers', '1']
-    done = subprocess.run(
-        [*torchrun(), str(tmp_path / 'worker.py'), str(videos), *MODEL, *PLAIN, *BUSY, '--epochs', '1',
-         '--workers', '1', '--output', str(tmp_path), '--experiment', 'run', '--batch-size', '2',
-         'VALIDATE', str(videos), '--checkpoint', checkpoint, *test,
-         '--scores-file', str(tmp_path / 'two.npz'), '--results-file', str(tmp_path / 'two.json'),
-         '--results-format', 'json'],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = run_worker(
+        WORKER, tmp_path, videos, *MODEL, *PLAIN, *BUSY, '--epochs', '1', '--workers', '1', '--output', tmp_path,
+        '--experiment', 'run', '--batch-size', '2', 'VALIDATE', videos, '--checkpoint', checkpoint, *test,
+        '--scores-file', tmp_path / 'two.npz', '--results-file', tmp_path / 'two.json', '--results-format', 'json')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('--result') == 1
     two = json.loads((tmp_path / 'two.json').read_text())[0]
@@ -385,14 +377,10 @@ def test_log_shows_how_long_the_loop_waits_for_data(videos, tmp_path, caplog, mo
     assert len(shares) == 3 and shares[-1] > 50
 
 
-def test_command_line(videos, trained, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'validate.py'), str(videos), '--checkpoint', str(trained), '--device', 'cpu',
-         '--workers', '0', '--test-num-crop', '3'],
-        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.partition('--result')[2])['views'] == 3
-    assert 'Clip 0, crop 2: top-1' in done.stderr
+def test_what_validation_prints(videos, trained, capsys, caplog):
+    measure(videos, '--checkpoint', trained, '--test-num-crop', 3)
+    assert json.loads(capsys.readouterr().out.partition('--result')[2])['views'] == 3
+    assert any('Clip 0, crop 2: top-1' in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize('flags, message', (
