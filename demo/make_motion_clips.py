@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from timm_ssm.data.encode import write_clip
 
-FRAMES, SIZE = 8, 32
+FRAMES, SIZE = 8, 24
 CLASSES = ('forward', 'backward')
 MOTIONS = ('pan', 'zoom', 'turn')
 PHOTOGRAPHS = dict(
@@ -78,7 +78,10 @@ def main() -> None:
             path = args.folder / 'motions' / split / name / f'{motion}_{i:05}.mp4'
             path.parent.mkdir(parents=True, exist_ok=True)
             frames = render(photos[number], motion, rng)
-            write_clip(path, frames if name == 'forward' else frames[::-1], rate=FRAMES, crf='18', preset='veryfast')
+            while frames.std(axis=(1, 2)).mean() < 6:  # sky, for one: nothing moves
+                frames = render(photos[number], motion, rng)
+            frames = frames if name == 'forward' else frames[::-1]
+            write_clip(path, frames, rate=FRAMES, crf='18', preset='veryfast', threads='1')
             if split == 'train':
                 lines.append(f'../{path.relative_to(args.folder)} {photographs[number]}\n')
     (args.folder / 'photographs').mkdir()

@@ -152,7 +152,7 @@ def test_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, monkeyp
     write_video(path, num_frames=10)
     assert load_index(path, cache).num_frames == 10
 
-    for file in (tmp_path / 'cache').rglob('*.npz'):
+    for file in (tmp_path / 'cache').rglob('*.json'):
         file.write_bytes(b'damaged')
     assert load_index(path, cache).num_frames == 10 and len(scans) == 4
     load_index(path, cache)
@@ -165,7 +165,7 @@ def test_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, monkeyp
 def test_default_cache_is_the_users(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     Video(write_video(tmp_path / 'a.mp4', num_frames=2))
-    assert len(list((tmp_path / 'cache/timm_ssm/frames').rglob('*.npz'))) == 1
+    assert len(list((tmp_path / 'cache/timm_ssm/frames').rglob('*.json'))) == 1
 
 
 def damage(folder, kind):

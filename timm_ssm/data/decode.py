@@ -128,22 +128,23 @@ def load_index(source: Source, cache: Optional[str] = None) -> VideoIndex:
     except OSError as e:
         raise _error(source, e.strerror) from e
     key = hashlib.sha1(os.fsencode(os.path.abspath(source))).hexdigest()
-    path = os.path.join(cache or default_cache(), key[:2], f'{key[2:]}.npz')
-    version = np.array([1, stat.st_size, stat.st_mtime_ns])
+    path = os.path.join(cache or default_cache(), key[:2], f'{key[2:]}.json')
+    version = [1, stat.st_size, stat.st_mtime_ns]
     # whatever is wrong with a file of the cache, the video has it all
-    with suppress(Exception), np.load(path) as found:
-        if np.array_equal(found['version'], version):
-            count, numerator, denominator, stream = found['numbers'].tolist()
-            arrays = (found[name] for name in ('pts', 'keys', 'seeks'))
-            return VideoIndex(*arrays, count, (numerator, denominator), float(found['fps']), stream)
+    with suppress(Exception), open(path, encoding='utf-8') as f:
+        found = json.load(f)
+        if found.pop('version') == version:
+            arrays = {name: np.array(found.pop(name), dtype=np.int64) for name in ('pts', 'keys', 'seeks')}
+            return VideoIndex(**arrays, **dict(found, time_base=tuple(found['time_base'])))
     index = scan(source)
+    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(index).items()}
     with suppress(OSError):  # no room or no right to write: next time it is scanned again
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix='.tmp', delete=False) as f:
+        with tempfile.NamedTemporaryFile(
+                'w', encoding='utf-8', dir=os.path.dirname(path), suffix='.tmp', delete=False) as f:
             try:
-                np.savez_compressed(
-                    f, version=version, pts=index.pts, keys=index.keys, seeks=index.seeks,
-                    fps=index.fps, numbers=[index.num_frames, *index.time_base, index.stream])
+                json.dump(dict(fields, version=version), f)
+                f.close()
                 os.replace(f.name, path)
             except BaseException:
                 os.unlink(f.name)
