@@ -137,6 +137,7 @@ class TestStop:
             subprocess.run([*torchrun(), *command(digits, tmp_path, *LONG)], env=ENV, check=True, timeout=300)
         assert_same_run(whole(processes), tmp_path / 'run')
 
+    @pytest.mark.slow
     def test_torchrun_killed_alone(self, digits, tmp_path, whole):
         """Its processes save their state and end; before that nothing else trains in their folder."""
         process = start(*torchrun(), *command(digits, tmp_path, *LONG))
@@ -213,6 +214,7 @@ class TestFolder:
             assert os.listdir(folder) == ['.lock']
         assert not os.path.exists(folder)
 
+    @pytest.mark.slow
     def test_two_at_the_same_moment(self, digits, tmp_path):
         both = [start(sys.executable, *command(digits, tmp_path, '--epochs', 30)) for _ in range(2)]
         errors = [process.communicate(timeout=300)[1] for process in both]
