@@ -38,7 +38,13 @@ VIM = 'Vim (Zhu et al., ICML 2024, https://arxiv.org/abs/2401.09417)'
 VMAMBA = 'VMamba (Liu et al., NeurIPS 2024, https://arxiv.org/abs/2401.10166)'
 SPATIALMAMBA = 'Spatial-Mamba (Xiao et al., ICLR 2025, https://arxiv.org/abs/2410.15091)'
 IMAGE_TABLE = 'hyperparameters of ImageNet-1k training'
-SCRIPTS = "the released code's scripts, which its text follows"
+SCRIPTS = "the released code's scripts (github.com/hustvl/Vim at dd0358a), which its text follows"
+VMAMBA_CODE = 'the released configurations (github.com/MzeroMiko/VMamba at 2ed52ea)'
+GROUPMAMBA_CODE = (
+    'The values are those of the text; the released code (github.com/Amshaker/GroupMamba at c1800ed) has a stochastic '
+    "depth of 0.05 and Swin's schedule: all rates follow the batch, and the cosine, set every step, begins after the "
+    'warm-up.')
+SPATIALMAMBA_CODE = 'the released configurations (github.com/EdwardChasel/Spatial-Mamba at 71221eb)'
 CLIP_TABLE = "the released code's scripts, which its tables of hyperparameters follow"
 
 # of DeiT's recipe, which the papers on images build on
@@ -123,10 +129,15 @@ def image_recipes() -> Iterator[Recipe]:
                  model_ema=True, model_ema_decay=0.9999, kd_model_name='regnety_160.deit_in1k',
                  kd_distill_type='token', kd_token_distill_type='hard', task_loss_weight=0.5),
             PUBLISHED[f'groupmamba_{size}.in1k'].top1,
-            [DEIT, "The teacher is DeiT's RegNetY-16GF; half the loss is the labels', half the teacher's, as in DeiT."])
+            [DEIT, "The teacher is DeiT's RegNetY-16GF; half the loss is the labels', half the teacher's, as in DeiT.",
+             GROUPMAMBA_CODE])
 
-    for size in ('tiny', 'tiny2', 'small', 'base', 'large', 'large2'):
+    for size, weight, code in (
+            ('tiny', 0.5, ''), ('tiny2', 0.75, ''), ('small', 1.0, ''),
+            ('base', 1.0, 'a weight decay of 0.075, a warm-up of 35 epochs, '),
+            ('large', 6.0, 'a weight decay of 0.12, '), ('large2', 6.0, 'a weight decay of 0.12, ')):
         stated = size in ('tiny', 'base', 'large')
+        start = 94 if size == 'base' else 78
         yield Recipe(
             f'mambavision_{size}_in1k', f'{MAMBAVISION}, {IMAGE_TABLE}',
             dict(model=f'mambavision_{size}', epochs=300, cooldown_epochs=10, **rate(5e-3, 4096), min_lr=5e-6,
@@ -134,7 +145,11 @@ def image_recipes() -> Iterator[Recipe]:
                  drop_path=0.3 if size.startswith(('base', 'large')) else 0.2, aa=RAND_AUGMENT, clip_grad=5.0, amp=True,
                  channels_last=True, **dict(IMAGES, opt='lamb'), model_ema=True, model_ema_decay=0.9998),
             PUBLISHED[f'mambavision_{size}.in1k'].top1,
-            [DEIT] + ([] if stated else ['Left open: stochastic depth of this size (that of its neighbours).']))
+            [DEIT, *([] if stated else ['Left open: stochastic depth of this size (that of its neighbours).']),
+             'The values are those of the text; the released configuration (github.com/NVlabs/MambaVision at 7860a50) '
+             f'has random interpolation, 310 epochs before the cool-down, {code}and adds, from epoch {start} on, '
+             f'{weight} times a distance to the outputs of the averaged model (MESA), which is not part of this '
+             'package.'])
 
     yield from vim_recipes()
     yield from swin_recipes()
@@ -180,12 +195,12 @@ def swin_recipes() -> Iterator[Recipe]:
     for size, drop_path in dict(
             tiny=0.2, small=0.3, base=0.6, tiny_s2l5=0.2, small_s1l20=0.3, base_s1l20=0.5).items():
         yield Recipe(
-            f'vmamba_{size}_in1k', f'{VMAMBA}, the released configurations',
+            f'vmamba_{size}_in1k', f'{VMAMBA}, {VMAMBA_CODE}',
             dict(model=f'vmamba_{size}', drop_path=drop_path, **common),
             PUBLISHED[f'vmamba_{size}.in1k'].top1, [dt_bias])
     for size, drop_path, weight in (('tiny', 0.2, 1.0), ('small', 0.3, 1.5), ('base', 0.5, 2.0)):
         yield Recipe(
-            f'spatialmamba_{size}_in1k', f'{SPATIALMAMBA}, the released configurations',
+            f'spatialmamba_{size}_in1k', f'{SPATIALMAMBA}, {SPATIALMAMBA_CODE}',
             dict(model=f'spatialmamba_{size}', drop_path=drop_path, **common),
             PUBLISHED[f'spatialmamba_{size}.untrained'].top1,
             [dt_bias, f'The published training adds, from epoch 75 on, {weight} times the cross-entropy to the outputs '
