@@ -158,7 +158,7 @@ def make_parser(prog: Optional[str] = None) -> argparse.ArgumentParser:
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''), help='share batch norm statistics')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
     add('--activation-budget', type=float, metavar='GIB',
-        help='recompute as few blocks as it takes to keep the activations of a process within GIB')
+        help='recompute as little as it takes to keep the activations of a process within GIB')
 
     add = parser.add_argument_group('Device').add_argument
     add_running_flags(add)

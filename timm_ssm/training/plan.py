@@ -114,7 +114,7 @@ def describe_memory(
         with torch.device('meta'):
             teacher = 4 * sum(p.numel() for p in timm.create_model(args.kd_model_name).parameters())
     held = 2 * weights + state + teacher + (weights if args.model_ema and not args.model_ema_force_cpu else 0)
-    recomputed, kept = plan_recomputation(args, model, shape)
+    partly, wholly, kept = plan_recomputation(args, model, shape)
     gib = 1 << 30
     if args.fsdp:
         held = teacher + (held - teacher) / args.world_size
@@ -122,4 +122,4 @@ def describe_memory(
         f'memory         {held / gib:.2f} GiB for weights, gradients, optimiser state'
         + (', teacher' if teacher else '') + (', average' if args.model_ema else ''),
         f'               {kept / gib:.2f} GiB for the activations of {largest_batch(args, shape)[0]} samples'
-        + (f', {len(recomputed)} blocks recomputed' if recomputed else '')]
+        + (f', {len(partly)} blocks recomputed partly, {len(wholly)} wholly' if partly or wholly else '')]
