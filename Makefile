@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = output/demo
 MODELS ?=
+# of benchmarks/scan_gpu.py
+GPU_FLAGS ?=
 
 .PHONY: help demo demo-video test fuzz timm-suite lint types docs sanitize wheel release-check cross gpu
 help:
@@ -114,4 +116,4 @@ gpu: $(VENV)/installed
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a GPU that PyTorch can use"'
 	$(BIN)/python -m timm_ssm.env
 	$(BIN)/python -m pytest tests/ops -k 'triton or mamba_ssm'
-	$(BIN)/python benchmarks/scan_gpu.py
+	$(BIN)/python benchmarks/scan_gpu.py $(GPU_FLAGS)

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Dict, List, Tuple
 
 os.environ.pop('TRITON_INTERPRET', None)
 
@@ -31,8 +32,26 @@ OPTIONS = ('num_warps', 'num_stages', 'enable_fp_fusion')
 launches = []
 
 
-def record(self, *args, grid, warmup, **kwargs):
-    launches.append((self, args, kwargs))
+def target_of(text: str) -> GPUTarget:
+    """cuda:<compute capability> or hip:<architecture>"""
+    kind, arch = text.split(':')
+    if kind == 'cuda':
+        return GPUTarget(kind, int(arch), 32)
+    return GPUTarget(kind, arch, 64 if arch.startswith('gfx9') else 32)
+
+
+def record_launches(target: GPUTarget) -> None:
+    """From now on kernels are noted in `launches`, as (kernel, arguments, keywords, grid), instead of launched."""
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs, grid))
+
+    def tuning(x, n_pow2):
+        plain = target.backend == 'hip' or x.dtype == torch.float64
+        return dict(AT_ONCE=1, REDUCE='sum' if plain else 'tf32x3' if x.dtype == torch.float32 else 'tf32')
+
+    JITFunction.run = record
+    common.processors = lambda device: 132
+    backward.tuning = tuning
 
 
 def source_of(fn, args, kwargs):
@@ -66,16 +85,33 @@ def nvidia_tool(name: str) -> str:
     return str(Path(folder) / name)
 
 
-def sass(kernel):
-    """Resource usage and instructions [(address, text)] of a compiled kernel."""
+def cuobjdump(kernel, flag: str) -> str:
+    """What NVIDIA's tool says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(kernel.asm['cubin'])
         f.flush()
-        usage, code = (
-            subprocess.run([nvidia_tool('cuobjdump'), flag, f.name], capture_output=True, text=True, check=True).stdout
-            for flag in ('-res-usage', '-sass'))
-    usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|SHARED|LOCAL):(\d+)', usage)}
-    return usage, [(int(a, 16), text.strip()) for a, text in re.findall(r'/\*([0-9a-f]{4,6})\*/\s+(.*?);', code)]
+        run = subprocess.run([nvidia_tool('cuobjdump'), flag, f.name], capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def resources(kernel) -> Dict[str, int]:
+    """Registers of a thread, bytes of memory that it needs beyond them, and bytes of shared memory of a program."""
+    if 'amdgcn' in kernel.asm:
+        text = kernel.asm['amdgcn']
+        found = dict(re.findall(r'\.(vgpr_count|private_segment_fixed_size|group_segment_fixed_size):\s+(\d+)', text))
+        registers, spilled, shared = map(int, (
+            found['vgpr_count'], found['private_segment_fixed_size'], found['group_segment_fixed_size']))
+    else:
+        usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|SHARED|LOCAL):(\d+)', cuobjdump(kernel, '-res-usage'))}
+        registers, spilled, shared = usage['REG'], usage['LOCAL'] + usage['STACK'], usage['SHARED']
+    shared = max(shared, kernel.metadata.shared)  # some is allocated by the launch alone
+    return dict(registers=registers, spilled=spilled, shared=shared)
+
+
+def instructions(kernel) -> List[Tuple[int, str]]:
+    """(address, text) of each instruction of a kernel compiled for NVIDIA."""
+    code = cuobjdump(kernel, '-sass')
+    return [(int(a, 16), text.strip()) for a, text in re.findall(r'/\*([0-9a-f]{4,6})\*/\s+(.*?);', code)]
 
 
 def loops(code):
@@ -157,12 +193,9 @@ def main() -> None:
     parser.add_argument('--dump', default='', help='folder for the assembly')
     parser.add_argument('--ops', action='store_true', help='opcodes of the loops')
     args = parser.parse_args()
-    kind, arch = args.target.split(':')
-    target = GPUTarget('cuda', int(arch), 32) if kind == 'cuda' else GPUTarget('hip', arch, 64)
-    JITFunction.run = record
-    common.processors = lambda device: 132
-    reduce = 'sum' if kind == 'hip' or args.dtype == 'float64' else 'tf32x3' if args.dtype == 'float32' else 'tf32'
-    backward.tuning = lambda x, n_pow2: dict(AT_ONCE=1, REDUCE=reduce)
+    target = target_of(args.target)
+    kind = target.backend
+    record_launches(target)
 
     print(f'Triton {triton.__version__}, {args.target}, {args.dtype}: inspected, not measured')
     for name, run in cases(getattr(torch, args.dtype)):
@@ -170,7 +203,7 @@ def main() -> None:
             continue
         launches.clear()
         run()
-        for fn, fn_args, kwargs in launches:
+        for fn, fn_args, kwargs, _ in launches:
             options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             kernel = triton.compile(source_of(fn, fn_args, kwargs), target=target, options=options)
             title = f'{name}: {fn.__name__}'
@@ -179,16 +212,13 @@ def main() -> None:
                 for ext in ('ttir', 'ttgir', 'ptx', 'amdgcn'):
                     if ext in kernel.asm:
                         (Path(args.dump) / f'{re.sub(r"[^a-z0-9]+", "_", title)}.{ext}').write_text(kernel.asm[ext])
+            used = ', '.join(f'{v} {k}' for k, v in resources(kernel).items())
             if kind == 'hip':
-                text = kernel.asm['amdgcn']
-                found = {k: re.search(rf'\.{k}:\s+(\d+)', text) for k in (
-                    'vgpr_count', 'vgpr_spill_count', 'sgpr_count', 'group_segment_fixed_size')}
-                print(f'{title}:', ', '.join(f'{k} {m[1]}' for k, m in found.items() if m))
+                print(f'{title}: {used}')
                 continue
-            usage, code = sass(kernel)
+            code = instructions(kernel)
             shuffles = sum(text.startswith('SHFL') or ' SHFL' in text for _, text in code)
-            print(f'{title}: {usage["REG"]} registers, {usage["LOCAL"] + usage["STACK"]} bytes of stack, '
-                  f'{usage["SHARED"]} bytes shared, {len(code)} instructions, {shuffles} shuffles')
+            print(f'{title}: {used}, {len(code)} instructions, {shuffles} shuffles')
             if args.dump:
                 (Path(args.dump) / f'{re.sub(r"[^a-z0-9]+", "_", title)}.sass').write_text(
                     '\n'.join(f'{a:06x} {t}' for a, t in code))

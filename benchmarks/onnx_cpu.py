@@ -83,15 +83,16 @@ def model_rows(name: str, folder: Path, seconds: float) -> Iterator[Row]:
               detail=f'PyTorch {native:.0f}')
 
 
-def linear_attention(shape: tuple) -> bytes:
-    """A model of onnxruntime's own operator, which computes the scan with one key head a channel."""
+def linear_attention(shape: tuple, whole: bool = False) -> bytes:
+    """A model of onnxruntime's own operator, which computes the scan with one key head a channel; the `whole` scan has
+    a bias of delta, a skip connection and a gate, too."""
     from onnx import TensorProto, helper
 
     _, _, channels, d_state = shape
     tokens, states = ['b', 'l', channels], ['b', 'l', d_state]
     inputs = dict(u=tokens, delta=tokens, A=[channels, d_state], B=states, C=states)
     nodes = [
-        helper.make_node('Softplus', ['delta'], ['dt']),
+        helper.make_node('Softplus', ['step' if whole else 'delta'], ['dt']),
         helper.make_node('Mul', ['dt', 'u'], ['x']),
         helper.make_node('Unsqueeze', ['dt', 'last'], ['dt_']),
         helper.make_node('Mul', ['dt_', 'A'], ['decay_']),
@@ -99,9 +100,18 @@ def linear_attention(shape: tuple) -> bytes:
         helper.make_node(
             'LinearAttention', ['C', 'B', 'x', '', 'decay'], ['y', 'state'], domain='com.microsoft',
             update_rule='gated', scale=1., q_num_heads=1, kv_num_heads=channels)]
+    if whole:
+        inputs.update(D=[channels], z=tokens, delta_bias=[channels])
+        nodes.insert(0, helper.make_node('Add', ['delta', 'delta_bias'], ['step']))
+        nodes += [
+            helper.make_node('Mul', ['u', 'D'], ['skip']),
+            helper.make_node('Add', ['y', 'skip'], ['sum']),
+            helper.make_node('Sigmoid', ['z'], ['s']),
+            helper.make_node('Mul', ['z', 's'], ['gate']),
+            helper.make_node('Mul', ['sum', 'gate'], ['out'])]
     graph = helper.make_graph(
         nodes, 'scan', [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in inputs.items()],
-        [helper.make_tensor_value_info('y', TensorProto.FLOAT, tokens)],
+        [helper.make_tensor_value_info('out' if whole else 'y', TensorProto.FLOAT, tokens)],
         [helper.make_tensor('last', TensorProto.INT64, [1], [-1]),
          helper.make_tensor('flat', TensorProto.INT64, [3], [0, 0, channels * d_state])])
     opsets = [helper.make_opsetid('', 18), helper.make_opsetid('com.microsoft', 1)]

@@ -1,7 +1,7 @@
 """Time the Triton kernels on a GPU: the scan and the convolution against mamba-ssm's and causal-conv1d's where these
 are installed and against the hardware's floors, whole models against timm's DeiT, and memory.
 
-    python benchmarks/scan_gpu.py [scan] [conv] [models] [--dtype bfloat16] [--out benchmarks/results]
+    python benchmarks/scan_gpu.py [scan] [conv] [models] [--dtype bfloat16] [--out benchmarks/results] [--quick]
 
 Implementations are timed in turns, each time with a cold L2 cache, with CUDA events; medians are reported. Writes
 gpu.csv and gpu.png. The two directions of a block are one call here; mamba-ssm takes one call each, in its own layout
@@ -10,10 +10,11 @@ gpu.csv and gpu.png. The two directions of a block are one call here; mamba-ssm 
 import argparse
 import csv
 import platform
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, NamedTuple, Tuple
 
 import timm
 import torch
@@ -22,14 +23,6 @@ import triton
 import timm_ssm  # noqa: F401 (registers the models)
 from timm_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan, selective_scan
 
-SHAPES = [  # batch, length, channels, d_state, directions
-    (128, 197, 384, 16, 2),
-    (128, 197, 768, 16, 2),
-    (32, 1569, 768, 16, 2),
-    (1, 12545, 1152, 16, 2),
-    (128, 196, 160, 8, 1),
-    (128, 196, 320, 8, 1),
-]
 MODELS = [
     ('videomamba_tiny_patch16_224', 'deit_tiny_patch16_224'),
     ('videomamba_small_patch16_224', 'deit_small_patch16_224'),
@@ -37,11 +30,35 @@ MODELS = [
 SFU_PER_CLOCK = 16  # special functions a multiprocessor starts in a clock (compute capability 7 to 9)
 
 
-def time_in_turns(runs: Dict[str, Callable[[], None]], rounds: int = 30) -> Dict[str, float]:
+class Work(NamedTuple):
+    """What to measure, and how often."""
+    shapes: List[Tuple[int, int, int, int, int]]  # batch, length, channels, d_state, directions
+    batch: int  # of images
+    model: Dict[str, int]  # arguments of models
+    rounds: int
+
+
+FULL = Work(
+    shapes=[
+        (128, 197, 384, 16, 2),
+        (128, 197, 768, 16, 2),
+        (32, 1569, 768, 16, 2),
+        (1, 12545, 1152, 16, 2),
+        (128, 196, 160, 8, 1),
+        (128, 196, 320, 8, 1),
+    ],
+    batch=128,
+    model=dict(img_size=224),
+    rounds=30,
+)
+QUICK = Work([(1, 9, 8, 4, 2), (1, 5, 3, 1, 1)], batch=1, model=dict(img_size=32, depth=1), rounds=1)
+
+
+def time_in_turns(runs: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, float]:
     """Median milliseconds of each run."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device='cuda')
     for run in runs.values():
-        for _ in range(3):
+        for _ in range(min(3, rounds)):
             run()
     times: Dict[str, List[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -56,15 +73,17 @@ def time_in_turns(runs: Dict[str, Callable[[], None]], rounds: int = 30) -> Dict
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(rounds: int) -> float:
     """Bytes a second, read and written, of a large copy."""
     a = torch.empty(1 << 30, dtype=torch.int8, device='cuda')
     b = torch.empty_like(a)
-    return 2 * a.numel() / time_in_turns({'copy': lambda: b.copy_(a)})['copy'] * 1e3
+    return 2 * a.numel() / time_in_turns({'copy': lambda: b.copy_(a)}, rounds)['copy'] * 1e3
 
 
 def sm_clock() -> float:
-    """Highest clock of the multiprocessors in Hz."""
+    """Highest clock of the multiprocessors in Hz; unknown without NVIDIA's driver."""
+    if not shutil.which('nvidia-smi'):
+        return float('nan')
     out = subprocess.run(
         ['nvidia-smi', '--query-gpu=clocks.max.sm', '--format=csv,noheader,nounits'], capture_output=True, text=True)
     return float(out.stdout.split()[0]) * 1e6 if out.returncode == 0 else float('nan')
@@ -149,16 +168,16 @@ def scan_floors(bandwidth, sfus, dtype, batch, length, channels, d_state, direct
     }
 
 
-def scan_table(dtype: torch.dtype) -> List[dict]:
+def scan_table(dtype: torch.dtype, work: Work) -> List[dict]:
     theirs = optional('mamba_ssm.ops.selective_scan_interface', 'selective_scan_fn')
     sfus = SFU_PER_CLOCK * torch.cuda.get_device_properties(0).multi_processor_count * sm_clock()
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(work.rounds)
     rows = []
-    for shape in SHAPES:
+    for shape in work.shapes:
         batch, length, channels, d_state, directions = shape
         floors = scan_floors(bandwidth, sfus, dtype, *shape)
         for kind, runs in scan_runs(theirs, dtype, *shape).items():
-            for name, ms in {**time_in_turns(runs), **floors[kind]}.items():
+            for name, ms in {**time_in_turns(runs, work.rounds), **floors[kind]}.items():
                 rows.append(dict(
                     table='scan', case=f'B{batch} L{length} D{channels} N{d_state} x{directions}', kind=kind,
                     implementation=name, value=ms * 1e3, unit='us'))
@@ -189,27 +208,27 @@ def conv_runs(theirs, dtype, batch, length, channels) -> Dict[str, Dict[str, Cal
     return runs
 
 
-def conv_table(dtype: torch.dtype) -> List[dict]:
+def conv_table(dtype: torch.dtype, work: Work) -> List[dict]:
     theirs = optional('causal_conv1d', 'causal_conv1d_fn')
     rows = []
-    for batch, length, channels, _, directions in SHAPES:
+    for batch, length, channels, _, directions in work.shapes:
         if directions == 2:
             for kind, runs in conv_runs(theirs, dtype, batch, length, channels).items():
-                for name, ms in time_in_turns(runs).items():
+                for name, ms in time_in_turns(runs, work.rounds).items():
                     rows.append(dict(
                         table='conv', case=f'B{batch} L{length} D{channels} x2', kind=kind, implementation=name,
                         value=ms * 1e3, unit='us'))
     return rows
 
 
-def models_table(dtype: torch.dtype, batch: int = 128) -> List[dict]:
-    rows = []
+def models_table(dtype: torch.dtype, work: Work) -> List[dict]:
+    rows, batch, size = [], work.batch, work.model['img_size']
     for pair in MODELS:
         for compiled in (False, True):
             runs = {'inference': {}, 'training': {}}
             for name in pair:
-                model = timm.create_model(name).cuda()
-                x = torch.randn(batch, *model.default_cfg['input_size'], device='cuda')
+                model = timm.create_model(name, **work.model).cuda()
+                x = torch.randn(batch, 3, size, size, device='cuda')
                 call = torch.compile(model, fullgraph=True) if compiled else model
 
                 def inference(model=model, call=call, x=x):
@@ -226,7 +245,7 @@ def models_table(dtype: torch.dtype, batch: int = 128) -> List[dict]:
 
                 runs['inference'][name], runs['training'][name] = inference, training
             for kind, by_name in runs.items():
-                for name, ms in time_in_turns(by_name, rounds=10).items():
+                for name, ms in time_in_turns(by_name, max(1, work.rounds // 3)).items():
                     label = f'{name} {"compiled" if compiled else "eager"}'
                     rows.append(dict(table='models', case=f'{pair[0]} B{batch}', kind=kind, implementation=label,
                                      value=batch / ms * 1e3, unit='images/s'))
@@ -264,6 +283,7 @@ def main() -> None:
     parser.add_argument('tables', nargs='*', help='scan, conv, models; all without a name')
     parser.add_argument('--dtype', default='bfloat16')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results')
+    parser.add_argument('--quick', action='store_true', help='small shapes and models, once: to see that all runs')
     args = parser.parse_args()
     tables = {'scan': scan_table, 'conv': conv_table, 'models': models_table}
     unknown = set(args.tables) - set(tables)
@@ -277,7 +297,7 @@ def main() -> None:
     print(setting)
     rows = []
     for name in args.tables or tables:
-        for row in tables[name](getattr(torch, args.dtype)):
+        for row in tables[name](getattr(torch, args.dtype), QUICK if args.quick else FULL):
             rows.append({**setting, **row})
             print(f'{row["table"]:<7} {row["case"]:<36} {row["kind"]:<17} {row["implementation"]:<40} '
                   f'{row["value"]:10.1f} {row["unit"]}', flush=True)

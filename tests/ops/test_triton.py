@@ -1,5 +1,6 @@
 """What `test_kernels.py` does not reach with small shapes: cuts of long sequences, and the variant of the GPU."""
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from timm_ssm.ops import bidirectional_selective_scan, selective_scan
 from timm_ssm.ops.backends import BACKENDS
+from timm_ssm.ops.calls import ConvCall
 from timm_ssm.ops.naive import selective_scan_naive
 
 from .test_kernels import both_directions
@@ -19,7 +21,7 @@ pytest.importorskip('triton')
 if BACKENDS['triton'].why_unavailable():
     pytest.skip(BACKENDS['triton'].why_unavailable(), allow_module_level=True)
 
-from timm_ssm.ops.backends.triton import backward, common, forward
+from timm_ssm.ops.backends.triton import backward, common, conv, forward
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -125,6 +127,95 @@ def test_refuses_many_states():
         selective_scan(**scan_inputs(d_state=65, device=DEVICE), backend='triton')
 
 
+def test_refuses_long_sequences():
+    """Rows of B and C in scan order are addressed in 32 bits."""
+    inputs = scan_inputs(batch=1, length=1)
+    call = call_of({k: x.expand(-1, 2 ** 26, -1) if x.ndim == 3 else x for k, x in inputs.items()})
+    assert 'up to 67108832 tokens of 16 states' in BACKENDS['triton'].why_unsupported(call)
+    call = call.with_tensors([x[:, 32:] if x.ndim == 3 else x for x in call.tensors()])
+    assert BACKENDS['triton'].why_unsupported(call) is None
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Of a launch the first and the last programs alone run, and tensors are not copied back to where they are."""
+    if DEVICE == 'cuda' or too_old_to_interpret():
+        pytest.skip("needs Triton's interpreter")
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
+    run, now = InterpretedFunction.run, {}
+
+    def run_ends(self, *args, grid, **kwargs):
+        now['dim'] = *grid, 1, 1
+        for program in sorted({*range(grid[0])[:4], *range(grid[0])[-4:]}):
+            now['idx'] = program, 0, 0
+            run(self, *args, grid=(1,), **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, 'run', run_ends)
+    monkeypatch.setattr(InterpreterBuilder, 'set_grid_dim', lambda self, *_: setattr(self, 'grid_dim', now['dim']))
+    monkeypatch.setattr(InterpreterBuilder, 'set_grid_idx', lambda self, *_: setattr(self, 'grid_idx', now['idx']))
+    monkeypatch.setattr(GridExecutor, '_restore_args_dev', lambda *_: None)
+
+
+def scan_both(call):
+    """The call's output, and the gradients of its tensors that have a batch; its gate serves as the gradient, too."""
+    out, y, states = forward.scan_forward(call, True)
+    (grads, *_), dz = backward.scan_backward(call, call.z, y, states)
+    return [out, *(g for g in (*grads, dz) if g.ndim == 3)]
+
+
+REVERSED = dict(reverse=[True], residual=True, mask_diagonal=[True])
+
+
+@pytest.mark.slow
+def test_strides_beyond_32_bits(ends):
+    """Tokens so far apart that the last one's offset needs 64 bits; memory that nothing touches costs nothing."""
+    def far(x):
+        if x.ndim < 3:
+            return x
+        gap = 2 ** 31 // (x.shape[1] - 2)
+        return torch.empty(gap * x.shape[1], dtype=x.dtype).as_strided(x.shape, (1, gap, 1)).copy_(x)
+
+    near = call_of(scan_inputs(batch=1, length=40, channels=5, d_state=2, dtype=torch.bfloat16))._replace(**REVERSED)
+    for got, want in zip(scan_both(near.with_tensors(list(map(far, near.tensors())))), scan_both(near)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+def test_scan_of_more_than_2_31_elements(ends):
+    length, channels = 33, 64
+    ends_alone = call_of(scan_inputs(2, length, channels, 1, dtype=torch.bfloat16))._replace(**REVERSED)
+    batch = 2 ** 31 // (length * channels) + 1
+
+    def many(x):
+        if x.ndim < 3:
+            return x
+        out = torch.empty(batch, *x.shape[1:], dtype=x.dtype)
+        out[[0, -1]] = x
+        return out
+
+    whole = ends_alone.with_tensors(list(map(many, ends_alone.tensors())))
+    for got, want in zip(scan_both(whole), scan_both(ends_alone)):
+        assert relative_error(got[[0, -1]], want) <= 1e-2
+
+
+@pytest.mark.slow
+def test_convolution_of_more_than_2_31_elements(ends):
+    channels, near = 64, 64
+    length = 2 ** 31 // channels + 9
+    x = torch.empty(1, length, channels, dtype=torch.bfloat16)
+    x[:, -near:] = torch.randn(1, near, channels)
+    weights = [torch.randn(channels, 4) for _ in range(2)]
+
+    def both(x):
+        call = ConvCall(x, weights, [], True, [False, True], False)
+        grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad[:, -near:] = 1.
+        return [*conv.conv_forward(call), conv.conv_backward(call, [grad, grad])[0]]
+
+    for got, want in zip(both(x), both(x[:, -near:])):
+        assert torch.equal(got[:, -near // 2:], want[:, -near // 2:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('target', ['cuda:90', 'hip:gfx942'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32', 'float64'])
@@ -136,3 +227,25 @@ def test_compiles_without_a_gpu(target, dtype):
         [sys.executable, script, '--target', target, '--dtype', dtype], check=True, capture_output=True, text=True,
         env=env)
     assert 'backward, both directions: _scan_backward' in out.stdout
+
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
+
+
+def compile_triton(*args):
+    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / 'compile_triton.py', *args], check=True, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize('target', ['cuda:80', 'cuda:90', 'cuda:100', 'hip:gfx942', 'hip:gfx1100'])
+def test_every_variant_compiles(target):
+    compile_triton('--targets', target)
+
+
+def test_changed_kernels_compile():
+    """The kernels are those that were last compiled for all kinds of GPU, or compile."""
+    if not runpy.run_path(str(BENCHMARKS / 'triton_sources.py'))['compiled']():
+        compile_triton('--quick')

@@ -8,11 +8,11 @@ Triton itself is imported when a kernel first runs.
 """
 import os
 from functools import cache
-from typing import List, Optional
+from typing import List, Optional, Union
 
 import torch
 
-from ...calls import ConvCall, ConvGradients, ScanCall, ScanGradients, ScanResult
+from ...calls import CHUNK_SIZE, ConvCall, ConvGradients, ScanCall, ScanGradients, ScanResult
 from ..base import Backend
 
 
@@ -40,6 +40,14 @@ class Triton(Backend):
         if not torch.cuda.is_available() and not _interpreted():
             return 'no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)'
         return None
+
+    def why_unsupported(self, call: Union[ScanCall, ConvCall]) -> Optional[str]:
+        if isinstance(call, ScanCall):
+            length, d_state = call.input.shape[1], call.A[0].shape[1]
+            most = 2 ** 30 // d_state - CHUNK_SIZE  # rows of B and C in scan order are addressed in 32 bits
+            if length > most:
+                return f'it takes up to {most} tokens of {d_state} states, the call has {length}'
+        return super().why_unsupported(call)
 
     def scan_forward(self, call: ScanCall, save: bool) -> ScanResult:
         from .forward import scan_forward

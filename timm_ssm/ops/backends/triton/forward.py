@@ -65,7 +65,7 @@ def _scan_direction(
     if SEGMENTED and not SUMMARY:
         h += tl.load(starts_ptr + segment.to(tl.int64) * N * channels + tile, mask=tile_mask, other=0.)
     elif RESIDUAL and not SUMMARY:
-        u = tl.load(u_ptr + ((length - 1) * u_l if REVERSE else 0) + c, mask=mask, other=0.).to(acc)
+        u = tl.load(u_ptr + in_memory(s, length, REVERSE) * u_l + c, mask=mask, other=0.).to(acc)  # segment 0: s = 0
         h += tl.where(n_mask[:, None], u[None, :], 0.)
     total = tl.zeros([c.shape[0]], acc)
 
