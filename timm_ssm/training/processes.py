@@ -40,6 +40,11 @@ def setup_process(args: argparse.Namespace) -> torch.device:
         torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True
     _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
+    restarts, shared = (os.environ.get(f'TORCHELASTIC_{key}') for key in ('MAX_RESTARTS', 'USE_AGENT_STORE'))
+    if int(restarts or 0) and shared == 'True' and utils.is_primary(args):
+        _logger.warning(
+            'torchrun --max-restarts: a group that is started again can fail on what the first left in the store; '
+            'it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and --standalone or --rdzv-backend c10d')
     return device
 
 
