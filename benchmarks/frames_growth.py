@@ -20,6 +20,7 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 
+PICTURE = RESULTS.parents[1] / 'docs' / 'pictures' / 'frames_growth.png'
 MODELS = ('videomamba_tiny', 'vit_tiny_joint')
 
 
@@ -89,26 +90,6 @@ def measure(args: argparse.Namespace) -> List[dict]:
     return rows
 
 
-def plot(rows: List[dict], env: dict, title: str) -> None:
-    from timm_ssm.plot.style import figure, save, style
-
-    cuda = env['device'].startswith('cuda')
-    clock = 'GPU' if cuda else 'CPU'
-    with style():
-        fig, axes = figure(columns=2)
-        for ax, key, label in zip(axes, ('seconds', 'memory_mib'), (f'{clock} seconds', 'peak memory, MiB')):
-            for name in MODELS:
-                ax.plot(*zip(*((row['frames'], row[key]) for row in rows if row['model'] == name)), label=name)
-            ax.set_xscale('log', base=2)
-            ax.set_yscale('log', base=2)
-            ax.xaxis.set_major_formatter('{x:g}')
-            ax.yaxis.set_major_formatter('{x:g}')
-            ax.set(xlabel='frames', ylabel=f'{label} of a training step')
-        axes[0].legend()
-        fig.suptitle(f'{title}, {env["gpu" if cuda else "cpu"]}, torch {env["torch"]}', fontsize=9)
-        save(fig, RESULTS.parents[1] / 'docs' / 'pictures' / 'frames_growth.png')
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--frames', type=int, nargs='+', default=[8, 16, 32, 64])
@@ -128,7 +109,9 @@ def main() -> None:
         writer = csv.DictWriter(f, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, env, f'{args.batch} clip of {args.size} x {args.size}')
+    from timm_ssm.plot import plot
+
+    plot([str(RESULTS / 'frames_growth.csv')], str(PICTURE), ['seconds', 'memory_mib'])
 
 
 if __name__ == '__main__':

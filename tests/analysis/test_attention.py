@@ -18,6 +18,8 @@ from timm_ssm.models.stvideomamba import STMixer
 from timm_ssm.models.videomambapro import VideoMambaProMixer
 from timm_ssm.models.vmamba import SS2D
 
+from ..ops.utils import Largest
+
 FORMS = {
     'forward': {},
     'reverse': dict(reverse=True),
@@ -79,6 +81,19 @@ def test_parts_of_channels_add_up(monkeypatch):
     expected = mean_attention(s)
     monkeypatch.setattr(analysis, 'MAX_NUMBERS', 32 * 3 * 4)  # 4 of the 6 channels
     torch.testing.assert_close(mean_attention(s), expected)
+
+
+def test_not_all_at_once(monkeypatch):
+    """Nothing is as large as L x L x D x N, nor, for some rows, as L x L x D."""
+    length, channels, states, rows = 64, 32, 4, 3
+    s = make_scan(length, channels, states, batch=1)
+    monkeypatch.setattr(analysis, 'MAX_NUMBERS', length * length)
+    with Largest() as largest:
+        mean_attention(s)
+    assert largest.size <= 2 * length * length
+    with Largest() as largest:
+        channel_attention(s, range(rows))
+    assert largest.size <= rows * length * channels
 
 
 def test_long_decays_stay_finite():

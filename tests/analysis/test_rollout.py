@@ -8,9 +8,10 @@ from torch import nn
 
 import timm_ssm  # noqa: F401  registers the models
 from timm_ssm.analysis import deletion_insertion, grad_cam, hidden_attention, overlay, rollout, to_pixels
-from timm_ssm.analysis.attention import mean_attention
 from timm_ssm.analysis.tokens import join_windows, split_windows
 from timm_ssm.layers import ScanMixer
+
+from .test_attention import brute_force
 
 ISOTROPIC = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_classes=5)
 HIERARCHICAL = dict(depths=(1, 1, 2, 2), num_classes=5)
@@ -41,6 +42,20 @@ def make(name):
     return model, torch.randn(2, 3, *frames, size, size)
 
 
+def record(modules, model, x):
+    """Modules and what they are given as a model runs, in the order of their calls."""
+    inputs = []
+    hooks = [m.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0]))) for m in modules]
+    model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def normalised(matrix):
+    return matrix.abs() / matrix.abs().sum(-1, keepdim=True)
+
+
 def attention_by_hand(module, x):
     """Softmax of the scores of timm's attention, by its own weights."""
     q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -50,8 +65,7 @@ def attention_by_hand(module, x):
 def matrix_by_hand(module, x):
     if not isinstance(module, ScanMixer):
         return attention_by_hand(module, x)
-    matrix = hidden_attention(module, x).abs()
-    return matrix / matrix.sum(-1, keepdim=True)
+    return normalised(hidden_attention(module, x))
 
 
 @torch.no_grad()
@@ -62,15 +76,9 @@ def test_isotropic(name):
     """The row of the class token, or the mean over patches, of the product of all layers' matrices."""
     model, x = make(name)
     grid = (4, 4) if x.ndim == 4 else (8 // model.patch_embed.tubelet_size, 4, 4)
-    inputs = []
-    hooks = [
-        (block.attn if hasattr(block, 'attn') else block.mixer).register_forward_pre_hook(
-            lambda module, args: inputs.append((module, args[0]))) for block in model.blocks]
-    model.eval()(x)
-    for hook in hooks:
-        hook.remove()
+    mixers = [block.attn if hasattr(block, 'attn') else block.mixer for block in model.blocks]
     product = torch.eye(1 + int(np.prod(grid)))
-    for module, tokens in inputs:
+    for module, tokens in record(mixers, model, x):
         product = (product + matrix_by_hand(module, tokens) @ product) / 2
     expected = product[:, 0] if model.global_pool == 'token' else product[:, 1:].mean(1)
     torch.testing.assert_close(rollout(model, x), expected[:, 1:].view(2, *grid), rtol=1e-4, atol=1e-6)
@@ -90,32 +98,65 @@ def test_class_token_in_the_middle():
 
 
 @torch.no_grad()
-def test_four_directions():
-    """A GroupMamba of one layer: the mean of its groups' matrices, each in its own order of the map's positions."""
-    model, x = make('groupmamba_tiny')
+@pytest.mark.parametrize('name', ['groupmamba_tiny', 'vmamba_tiny'])
+def test_four_directions(name):
+    """Of a model of one layer: scans by rows, by columns and back along both, each a matrix by the definition.
+
+    Those of GroupMamba's groups of channels are averaged, each on its own; those of VMamba's directions add up.
+    """
+    model, x = make(name)
     model.prune_intermediate_layers([0])
-    x = x[..., :24]  # not square
-    tokens = model.stages[0].downsample(model.eval().stem(x))
-    layer = model.stages[0].blocks[0].mixer
-    rows, columns = tokens.shape[1:3]
-    groups = layer.norm(tokens).chunk(4, dim=-1)
+    x = x[..., :32, :24]
+    rows, columns = 8, 6
+    scans = [
+        s for mixer, tokens in record([m for m in model.stages.modules() if isinstance(m, ScanMixer)], model, x)
+        for s in mixer.project(tokens)]
+    assert [s.reverse for s in scans] == [False, False, True, True]
     positions = [(r, c) for r in range(rows) for c in range(columns)]
-    orders = [
-        positions, sorted(positions, key=lambda p: p[::-1]), positions[::-1],
-        sorted(positions, key=lambda p: p[::-1])[::-1]]
-    mean = 0.
-    for mixer, group, order in zip(layer.mixers, groups, orders):
-        s, = mixer.project(group)
-        lies = sorted(positions, key=lambda p: p[::-1]) if mixer.column_major else positions
-        in_memory = mean_attention(s).abs()
-        matrix = torch.zeros_like(in_memory)
-        for i, to in enumerate(positions):
-            for j, source in enumerate(positions):
-                if order.index(source) <= order.index(to):
-                    matrix[:, i, j] = in_memory[:, lies.index(to), lies.index(source)]
-        mean = mean + matrix / matrix.sum(-1, keepdim=True) / 4
+    by_columns = sorted(positions, key=lambda p: p[::-1])
+    matrices = []
+    for i, s in enumerate(scans):
+        lies = [(by_columns if i % 2 else positions).index(p) for p in positions]
+        matrices.append(brute_force(s).mean(-1)[:, lies][:, :, lies])
+    mean = sum(map(normalised, matrices)) / 4 if name == 'groupmamba_tiny' else normalised(sum(matrices))
     expected = ((torch.eye(rows * columns) + mean) / 2).mean(1).view(2, rows, columns)
     torch.testing.assert_close(rollout(model, x), expected, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_hybrid_of_windows():
+    """MambaVision: a scan, then attention, in windows of 3 x 3 of two stages, whose maps of 4 x 4 and 2 x 2 are padded.
+
+    Each layer is one matrix of all positions of the padded map, by the definition within windows and 0 between them.
+    """
+    model, x = make('mambavision_tiny')
+    layers = {}
+    for stage in 2, 3:
+        layers[stage] = record([block.mixer for block in model.stages[stage].blocks], model, x)
+        assert [isinstance(module, ScanMixer) for module, _ in layers[stage]] == [True, False]
+    share = torch.full((2, 2, 2), 1 / 4)
+    for stage, size, padded in (3, 2, 3), (2, 4, 6):
+        if share.shape[1] < size:  # four positions for each, and what padding took does not count
+            share = share.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            share = share / share.sum((1, 2), keepdim=True)
+        share = F.pad(share, (0, padded - size, 0, padded - size))
+        windows = padded // 3
+        for module, tokens in reversed(layers[stage]):
+            if isinstance(module, ScanMixer):
+                s, = module.project(tokens)
+                matrix = brute_force(s).mean(-1)
+                nothing = (matrix == 0).all(-1, keepdim=True)  # reaches padding, which keeps what it has
+                matrix = torch.where(nothing, torch.eye(9), normalised(matrix))
+            else:
+                matrix = attention_by_hand(module, tokens)
+            whole = torch.zeros(2, *4 * [padded])
+            for (image, down, across), m in zip(np.ndindex(2, windows, windows), matrix):
+                r, c = slice(3 * down, 3 * down + 3), slice(3 * across, 3 * across + 3)
+                whole[image, r, c, r, c] = m.view(3, 3, 3, 3)
+            share = (share + torch.einsum('brc,brcde->bde', share, whole)) / 2
+        share = share[:, :size, :size]
+    assert share.sum() < 2 - 1e-3
+    torch.testing.assert_close(rollout(model, x), share, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -21,7 +21,7 @@ from timm_ssm.ops import (
 )
 from timm_ssm.ops.naive import causal_conv1d_naive, selective_scan_naive
 
-from .utils import grads, pairs, relative_error, scan_inputs
+from .utils import Largest, grads, pairs, relative_error, scan_inputs
 
 FIXTURES = Path(__file__).parents[1] / 'fixtures'
 NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
@@ -546,17 +546,6 @@ def test_trace(fn, make_args):
 def test_eager_memory_is_linear_in_length():
     """Saved states grow with the length, the rest does not: no (B, L, D, N) tensor is ever made."""
     limit = 40 * 64 * 16  # elements of a chunk's states, with room
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):
-                    self.size = max(self.size, x.numel())
-            return out
-
     inputs = scan_inputs(batch=1, length=1024, channels=64)
     from timm_ssm.ops.calls import ScanCall
     eager = backends.BACKENDS['eager']

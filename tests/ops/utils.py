@@ -1,4 +1,4 @@
-"""Random calls of the ops for tests."""
+"""Random calls of the ops for tests, and what watches calls."""
 from importlib.metadata import PackageNotFoundError, version
 from typing import Dict, Optional
 
@@ -78,3 +78,15 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
         return 0.
     got, want = got.double(), want.double()
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """A context in which `size` is the number of elements of the largest tensor that was made."""
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel())
+        return out

@@ -5,7 +5,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 pytest.importorskip('matplotlib')
 
@@ -14,7 +14,8 @@ from timm_ssm.plot import plot, style
 from timm_ssm.plot.charts import Bars, Lines
 from timm_ssm.plot.sources import read_table, run_charts, table_charts
 
-RESULTS = Path(__file__).parents[2] / 'benchmarks' / 'results'
+ROOT = Path(__file__).parents[2]
+RESULTS, PICTURES = ROOT / 'benchmarks' / 'results', ROOT / 'docs' / 'pictures'
 
 
 def write(path, header, *rows, facts=()):
@@ -59,6 +60,19 @@ def test_benchmarks(path, tmp_path):
         for name in chart.names if isinstance(chart, Bars) else chart.series:
             assert f'>{name.replace(">", "&gt;")}</text>' in page
     assert table.facts.get('cpu', '') in page
+
+
+DRAWN = [*RESULTS.glob('*.png'), *(PICTURES / f'{name}.png' for name in (
+    'analysis_frequency', 'frames_growth', 'stability'))]
+
+
+@pytest.mark.parametrize('path', sorted(DRAWN), ids=lambda path: path.stem)
+def test_pictures_of_the_repository(path):
+    """They are in this style: its width, its first colour, and not the first of matplotlib's own."""
+    with Image.open(path) as image:
+        colours = {colour for _, colour in image.convert('RGB').getcolors(2 ** 24)}
+        assert image.width == 1350
+    assert ImageColor.getrgb(style.COLOURS[0]) in colours and ImageColor.getrgb('#1f77b4') not in colours
 
 
 def test_goals(tmp_path):

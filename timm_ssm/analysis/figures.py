@@ -163,9 +163,10 @@ def draw_frequency(models: Dict[str, torch.Tensor], factors: Sequence[float], sh
         depths = values.shape[1]
         for i in np.unique(np.linspace(0, depths - 1, min(shown, depths)).round().astype(int)):
             ax.plot(factors, values[:, i].cpu(), label=f'{i + 1} of {depths}')
-        ax.set(title=name, xlabel='factor of the high frequencies')
+        ax.set_title(name)
         ax.legend(title='depth')
     axes[0, 0].set_ylabel('cosine similarity of tokens')
+    fig.supxlabel('factor of the high frequencies', fontsize='medium')
     return fig
 
 
