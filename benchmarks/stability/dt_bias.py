@@ -153,7 +153,8 @@ def draw(groups: Dict[tuple, Dict[float, List[dict]]]) -> None:
         for row in (row for lr in rates for row in by_rate[lr]):
             marker = {'stable': MARKERS[init], 'spiking': '^', 'diverged': 'x'}[row['outcome']]
             accuracy.plot(
-                float(row['lr']), float(row['top1']), marker, color=COLOURS[init], linestyle='', fillstyle='none')
+                float(row['lr']), float(row['top1']), marker, color=COLOURS[init], linestyle='',
+                fillstyle='full' if widths.index(width) else 'none')
         shares = [statistics.mean(row['outcome'] != 'stable' for row in by_rate[lr]) for lr in rates]
         unstable.plot(rates, shares, marker=MARKERS[init], **line)
         accuracy.set_title(f'{MODELS[model]}, depth {depth}')
