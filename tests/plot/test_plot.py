@@ -63,7 +63,7 @@ def test_benchmarks(path, tmp_path):
 
 
 DRAWN = [*RESULTS.glob('*.png'), *(PICTURES / f'{name}.png' for name in (
-    'analysis_frequency', 'frames_growth', 'stability'))]
+    'analysis_corruptions', 'analysis_frequency', 'frames_growth', 'stability'))]
 
 
 @pytest.mark.parametrize('path', sorted(DRAWN), ids=lambda path: path.stem)
