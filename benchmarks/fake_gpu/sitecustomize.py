@@ -3,7 +3,8 @@
     PYTHONPATH=benchmarks/fake_gpu make gpu GPU_FLAGS='--quick --out FOLDER'
 
 Python imports this module when it starts. PyTorch then says that it has a GPU; what is made for it, or moved there, is
-on the CPU, where Triton's interpreter runs the kernels. torch.compile leaves things as they are. Times mean nothing.
+on the CPU, where calls that ask for Triton run in its interpreter, and models with the CPU's own kernels. torch.compile
+leaves things as they are. Times mean nothing.
 """
 import contextlib
 import os
