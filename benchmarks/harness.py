@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
@@ -89,8 +89,19 @@ def environment() -> Dict[str, str]:
     }
 
 
-def report(name: str, rows: List[Row], **extra: str) -> None:
-    """Print the rows as a table and write results/<name>.csv and, if matplotlib is there, results/<name>.png."""
+def _rows_beside(path: Path, head: List[str]) -> Dict[str, Sequence]:
+    """The rows of a file by name if it begins with the lines `head`, dates apart, else none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    if [x for x in lines[:len(head)] if not x.startswith('# date')] != [x for x in head if not x.startswith('# date')]:
+        return {}
+    return {row[0]: row for row in csv.reader(lines[len(head) + 1:])}
+
+
+def report(name: str, rows: List[Row], keep: bool = False, **extra: str) -> None:
+    """Print the rows as a table and write results/<name>.csv and, if matplotlib is there, results/<name>.png.
+
+    With `keep`, the file's other rows stay if they are of the same machine and versions.
+    """
     env = dict(environment(), **extra)
     print('  '.join(f'{k}={v}' for k, v in env.items()))
     width = max(len(row.name) for row in rows)
@@ -101,11 +112,14 @@ def report(name: str, rows: List[Row], **extra: str) -> None:
         print(f'{row.name:{width}}  {row.value:10.4g}  {goal:>9} {stretch:>10}  {row.met():8} {row.detail}')
 
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f'{name}.csv', 'w', newline='') as f:
-        f.writelines(f'# {k}: {v}\n' for k, v in env.items())
+    path, head = RESULTS / f'{name}.csv', [f'# {k}: {v}' for k, v in env.items()]
+    table = _rows_beside(path, head) if keep else {}
+    table.update((row.name, (*row, row.met())) for row in rows)
+    with open(path, 'w', newline='') as f:
+        f.writelines(f'{line}\n' for line in head)
         writer = csv.writer(f)
         writer.writerow((*Row._fields, 'met'))
-        writer.writerows((*row, row.met()) for row in rows)
+        writer.writerows(table.values())
     if importlib.util.find_spec('matplotlib'):
         from timm_ssm.plot import plot
 

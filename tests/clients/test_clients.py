@@ -74,20 +74,26 @@ def test_retinanet(name, size):
         assert [set(out) for out in model.eval()(images)] == [{'boxes', 'labels', 'scores'}] * 2
 
 
-def test_mask_rcnn():
+@pytest.mark.parametrize('size', [(96, 128), pytest.param((800, 1216), marks=pytest.mark.slow)])
+def test_mask_rcnn(size):
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
     keys = list('0123')
     model = MaskRCNN(
-        Pyramid('groupmamba_tiny'), 2, min_size=96, max_size=128,
+        Pyramid('groupmamba_tiny'), 2, min_size=size[0], max_size=size[1],
         rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (128,)), ((.5, 1., 2.),) * 4),
         box_roi_pool=MultiScaleRoIAlign(keys, 7, 2), mask_roi_pool=MultiScaleRoIAlign(keys, 14, 2))
-    masks = torch.zeros(1, 90, 125, dtype=torch.uint8)
+    height, width = size[0] - 6, size[1] - 3
+    masks = torch.zeros(1, height, width, dtype=torch.uint8)
     masks[:, 20:60, 30:80] = 1
     target = dict(boxes=torch.tensor([[30., 20, 80, 60]]), labels=torch.tensor([1]), masks=masks)
-    check_step(model, sum(model([torch.rand(3, 90, 125)], [target]).values()))
+    images = [torch.rand(3, height, width)]
+    check_step(model, sum(model(images, [target]).values()))
+    with torch.no_grad():
+        out, = model.eval()(images)
+    assert out['masks'].shape[1:] == (1, height, width)
 
 
 def transformers_model(**kwargs):
