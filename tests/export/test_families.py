@@ -108,8 +108,8 @@ EXPORTERS = {
 #: What the table leaves open: by exporter, the families that it was not run on.
 UNTRIED = {
     'AOTInductor': set(FAMILIES),
-    'of any size': {'mambavision', 'spatialmamba'},  # torch.export takes minutes of MambaVision's windows
-    'ONNX in OpenVINO': {'stablemamba', 'stvideomamba', 'groupmamba', 'vmamba', 'spatialmamba'},
+    'of any size': {'mambavision'},  # torch.export takes minutes of MambaVision's windows
+    'ONNX in OpenVINO': {'groupmamba', 'vmamba', 'spatialmamba'},
     'ExecuTorch': {'groupmamba', 'spatialmamba'},
     'CoreML': {'groupmamba', 'vmamba', 'spatialmamba'},
 }
