@@ -1,4 +1,8 @@
 """Distillation: the alignment of tokens, and DeiT's hard distillation for models of two heads."""
+import json
+import os
+import subprocess
+
 import pytest
 import timm
 import torch
@@ -9,7 +13,7 @@ from torch import nn
 
 from timm_ssm.training.tasks import TeacherTokens, TokenAlignmentTask
 
-from .utils import BUSY, MODEL, VIDEOMAMBA, assert_same_run, crash_at_step, load, run, summary
+from .utils import BUSY, MODEL, ROOT, VIDEOMAMBA, assert_same_run, crash_at_step, load, run, summary, torchrun
 
 STUDENT = dict(embed_dim=16, depth=2, patch_size=4, img_size=8, in_chans=1, num_classes=10)
 TEACHER = dict(STUDENT, embed_dim=24, depth=1)
@@ -181,3 +185,53 @@ class TestHardDistillation:
     def test_a_model_of_one_head_is_refused(self, digits, tmp_path, teacher):
         with pytest.raises(SystemExit, match=r"--kd-model-name .*set_distilled_training"):
             run(digits, tmp_path, *MODEL, '--kd-model-name', teacher, '--kd-distill-type', 'token')
+
+
+# Run by torchrun in each of two processes, with a list of flags for each kind of distillation.
+WORKER = '''
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import utils
+from timm_ssm.training.tasks import TokenAlignmentTask
+
+digits, tmp_path = map(Path, sys.argv[1:3])
+torch.set_num_threads(1)
+# one process group for all the runs below: the store of torchrun takes no second one
+init = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda **kwargs: torch.distributed.is_initialized() or init(**kwargs)
+torch.distributed.destroy_process_group = lambda: None
+for name, flags in json.loads(sys.argv[3]).items():
+    flags = [*utils.BUSY, '--epochs', '2', '--recovery-interval', '1', '--resume', 'auto', *flags]
+    folder = utils.run(digits, tmp_path / name / 'whole', *flags)
+    task = TokenAlignmentTask
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        utils.crash_at_step(monkeypatch, 7, task)
+        with pytest.raises(RuntimeError, match='power cut'):
+            utils.run(digits, tmp_path / name / 'parts', *flags)
+    seen, forward = {}, task.forward
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(task, 'forward', lambda self, *args: seen.update(task=self) or forward(self, *args))
+        utils.run(digits, tmp_path / name / 'parts', *flags)
+    torch.save(seen['task'].trainable_module.state_dict(), tmp_path / name / f'rank{os.environ["RANK"]}.pth')
+'''
+
+
+@pytest.mark.slow
+def test_two_processes(digits, tmp_path, teacher):
+    """In float32, and compiled in mixed precision: resumed bit for bit, and the processes agree."""
+    flags = [*ALIGNED, '--kd-model-name', teacher]
+    kinds = dict(float32=flags, compiled=[*flags, *AMP, '--torchcompile', 'aot_eager'])
+    (tmp_path / 'worker.py').write_text(WORKER)
+    subprocess.run(
+        [*torchrun(), str(tmp_path / 'worker.py'), str(digits), str(tmp_path), json.dumps(kinds)],
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, check=True, timeout=900)
+    for name in kinds:
+        assert_same_run(tmp_path / name / 'whole' / 'run', tmp_path / name / 'parts' / 'run')
+        one, other = (load(tmp_path / name / f'rank{rank}.pth') for rank in (0, 1))
+        assert all(torch.equal(one[k], other[k]) for k in one)
