@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import timm
 from PIL import Image
 
 from timm_ssm import cli
@@ -13,7 +12,6 @@ from timm_ssm.training import validate
 
 from ..data.videos import write_video
 from ..hub.utils import released, small, small_clips, to_bytes
-from ..models.utils import synthetic_checkpoint
 
 NAME = 'videomamba_tiny_patch16_224'
 CLIPS = 'videomamba_tiny_patch16_f8_224'
@@ -77,22 +75,6 @@ def test_by_its_tag(hub, cache, tmp_path):
     for row in rows[:16]:  # A is about -1, -2, ..., -16: the slower a state, the longer it lasts
         assert float(row['shortest']) <= float(row['median']) <= float(row['longest']) < math.inf
     assert float(rows[0]['median']) > 8 * float(rows[15]['median'])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('checkpoint, name, scans', [
-    ('videomamba_small_video_f8_224', 'videomamba_small_patch16_f8_224.k400', 2 * LAYERS),
-    ('vim_tiny_224', 'vim_tiny_patch16_224.in1k', 2 * LAYERS),
-    ('groupmamba_tiny_224', 'groupmamba_tiny.in1k', 4 * (3 + 4 + 9 + 3)),
-    ('mambavision_tiny_224', 'mambavision_tiny.in1k', 4 + 2),
-])
-def test_families_by_their_tags(root, hub, cache, checkpoint, name, scans):
-    cfg = timm.get_pretrained_cfg(name)
-    hub.add(cfg.hf_hub_id, {cfg.hf_hub_filename: to_bytes({'model': synthetic_checkpoint(checkpoint)})})
-    source = 'a.mp4' if '_f8_' in name else 'a.png'
-    assert len(analyse(root, 'attribution', source, '--model', name)) == 3
-    assert len(analyse(root, 'delta', source, '--model', name)) == scans
-    assert len(analyse(root, 'frequency', source, '--model', name)) % 8 == 0
 
 
 def test_corruptions(digits, tmp_path):
