@@ -53,7 +53,7 @@ def test_clips_of_motions(motion, tmp_path, monkeypatch, capsys):
     assert sorted(train.class_to_idx) == ['backward', 'forward']
     for reader in (train, validation):
         assert {reader.labels.count(label) for label in range(2)} == {len(reader) // 2}
-    assert train.open(7).read(range(8)).shape == (8, 3, 32, 32)
+    assert train.open(7).read(range(8)).shape == (8, 3, 24, 24)
     with av.open(str(tmp_path / 'motions/train' / train.name(7))) as container:
         assert container.streams.video[0].codec.name == 'h264'
     assert not set(motion.PHOTOGRAPHS['train']) & set(motion.PHOTOGRAPHS['validation'])
