@@ -89,7 +89,7 @@ def draw(rows: List[dict], env: Dict[str, str]) -> None:
         ax.set(xscale='log', yscale='log', xlabel='tokens, images or channels', ylabel=label)
         ax.legend(fontsize=7, title='exponent', title_fontsize=7)
     fig.suptitle(f'a forward pass: {env["cpu"]}, {env["threads"]} threads, torch {env["torch"]}', fontsize=9)
-    save(fig, RESULTS / 'growth.png')
+    save(fig, RESULTS.parents[1] / 'docs' / 'pictures' / 'growth.png')
 
 
 def main() -> None:
