@@ -161,10 +161,10 @@ def train(args: argparse.Namespace, args_text: str, device: torch.device, checkp
     return task
 
 
-def sync_batch_norms(args: argparse.Namespace, model: nn.Module) -> None:
+def sync_batch_norms(args: argparse.Namespace, model: nn.Module, reduce: bool = True) -> None:
     """Give all processes the same batch norm statistics."""
     if args.distributed and args.dist_bn and not args.sync_bn:
-        utils.distribute_bn(model, args.world_size, reduce=args.dist_bn == 'reduce')
+        utils.distribute_bn(model, args.world_size, reduce=reduce and args.dist_bn == 'reduce')
 
 
 def validate(
@@ -196,7 +196,8 @@ def validate(
 
     metrics = measure(model)
     if args.model_ema and not args.model_ema_force_cpu:
-        sync_batch_norms(args, trainer.task.get_trainable_module(ema=True))
+        # of the first process alone: a checkpoint within an epoch has no others to go on from
+        sync_batch_norms(args, trainer.task.get_trainable_module(ema=True), reduce=False)
         metrics = measure(trainer.task.get_eval_model(ema=True))
     return metrics
 
